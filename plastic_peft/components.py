@@ -1,0 +1,711 @@
+"""What a vision transformer is made of, read from how it behaves in one forward pass.
+
+No class name, attribute name or model type decides anything here. The model runs once on three tiny images, the second
+and third being the same, and the trace answers by behaviour: which dimension holds the images, which modules are linear
+or norms, and which linears feed an attention (noise on one token of their output reaches other tokens). Everything else
+follows from execution order and widths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+BLOCK_ROLES = ("norm_attention", "attention", "norm_mlp", "mlp_in", "mlp_out")
+"""Roles inside a transformer block; LN1, MHA, LN2, FC1 and FC2 in the paper."""
+
+ROLES = (*BLOCK_ROLES, "patch_embedding", "norm_final", "head", "other")
+
+_IMAGES = 3
+
+
+@dataclass(frozen=True)
+class Component:
+    """A unit of a vision transformer with a role.
+
+    Attributes:
+        name: Dotted name of the module that is the component, or of its modules joined by `+` where no single module
+            is (the two input projections of a gated MLP).
+        role: One of `ROLES`.
+        block: Index of the transformer block in execution order, `None` outside the blocks.
+        kind: Class name of the module.
+        modules: Names of the leaf modules that hold the component's parameters, in execution order.
+        parameters: Number of parameters in those modules.
+        inputs: Name of the module whose input is the component's input x.
+        outputs: Names of the modules whose outputs, side by side, are the component's output f(x).
+    """
+
+    name: str
+    role: str
+    block: int | None
+    kind: str
+    modules: tuple[str, ...]
+    parameters: int
+    inputs: str
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class Leaf:
+    """A module that holds parameters and is measured as a whole; `*_dim` is where the images lie in its tensors."""
+
+    name: str
+    kind: str
+    parameters: int
+    shape: tuple[int, ...] | None
+    linear: bool
+    norm: bool
+    conv: bool
+    opaque: bool
+    start: int
+    in_width: int
+    out_width: int
+    in_dim: int
+    out_dim: int
+    in_sum: float
+    role: str = "other"
+    block: int | None = None
+
+
+@dataclass
+class Structure:
+    """A traced model: its components and leaves by name, in execution order, and where images lie in each tensor."""
+
+    components: list[Component]
+    leaves: dict[str, Leaf]
+    dims: dict[str, tuple[int, int]]
+    fingerprint: str
+    labels: int | None = None
+    parameters: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def find_components(model: nn.Module, example_inputs: Any = None) -> list[Component]:
+    """Find the components of a vision transformer by running it once on a few images.
+
+    Args:
+        model: Any vision transformer; wrappers of `torch.compile`, DDP, FSDP and PEFT are seen through.
+        example_inputs: A pixel tensor (at least one image in dimension 0) or a dict of such tensors. Defaults to random
+            images of the size that the model's config states.
+
+    Returns:
+        The components in execution order: those of each block, then patch embedding, final norm, head and the rest.
+
+    Raises:
+        ValueError: If no block with attention can be read; the message says what was found.
+    """
+    return trace(model, example_inputs).components
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Structure:
+    """Run `model` once and read its structure; see `find_components` for arguments and errors."""
+    core = unwrap(model)
+    tracer = _Tracer(core)
+    with quiet(core):
+        output = tracer.run(_three_images(core, example_inputs))
+    return _assemble(core, tracer, output)
+
+
+# --- the model as given ------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, data-parallel and PEFT wrappers; names are relative to it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+            model = model.module
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, compiled code or a moved random state; all is put back, whatever happens."""
+    training = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    compiler = getattr(torch, "compiler", None)
+    eager = compiler.set_stance("force_eager") if hasattr(compiler, "set_stance") else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), eager:
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+
+
+def public_name(name: str) -> str:
+    """A module's name without what wrappers put into it."""
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.replace(".base_layer", "")
+
+
+def named_leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield (public name, module, is it opaque) for all modules, not looking inside adapters and saved heads."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+        opaque = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        yield public_name(prefix), module, opaque
+        if not opaque:
+            for name, child in module.named_children():
+                yield from walk(f"{prefix}.{name}" if prefix else name, child)
+
+    yield from walk("", model)
+
+
+def synthetic_images(model: nn.Module, count: int, seed: int = 0) -> torch.Tensor:
+    """Smooth random images (count, channels, height, width) of the size in the model's config.
+
+    Raises:
+        ValueError: If the config states no image size.
+    """
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config.image_size, so its input cannot be guessed: pass images of the size it "
+            "takes (find_components: example_inputs=pixel_values; measure_plasticity: target=...)."
+        )
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, getattr(config, "num_channels", 3), 8, 8, generator=generator)
+    images = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    images = images + 0.1 * torch.randn(images.shape, generator=generator)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(parameter.device, parameter.dtype)
+
+
+def main_input(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any] | tuple[Any, ...]:
+    """How to hand `pixels` to the model: by its main input's name for transformers models, else by position."""
+    name = getattr(model, "main_input_name", None)
+    return {name: pixels} if isinstance(name, str) and hasattr(model, "config") else (pixels,)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with a dict as keywords, a tuple as positions, or one tensor as its main input."""
+    if isinstance(inputs, torch.Tensor):
+        inputs = main_input(model, inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def first_tensor(*places: Any) -> torch.Tensor | None:
+    """The first floating-point tensor of at least two dimensions in nested arguments or outputs, `None` if none."""
+    for place in places:
+        if isinstance(place, torch.Tensor):
+            if place.is_floating_point() and place.ndim >= 2:
+                return place
+        elif isinstance(place, Mapping):
+            if (found := first_tensor(*place.values())) is not None:
+                return found
+        elif isinstance(place, (tuple, list)) and (found := first_tensor(*place)) is not None:
+            return found
+    return None
+
+
+def _three_images(model: nn.Module, example: Any) -> dict[str, Any] | tuple[Any, ...]:
+    """Inputs with images a, b, b: equal and unequal neighbours show where a tensor keeps the images."""
+    if example is None:
+        example = synthetic_images(model, 2)
+    if isinstance(example, torch.Tensor):
+        example = main_input(model, example)
+    tensors = example.values() if isinstance(example, Mapping) else example
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def three(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            return value
+        a, b = value[:1], value[1:2]
+        if len(b) == 0:
+            b = a.flip(-1) + 0.5 if a.is_floating_point() else a
+        return torch.cat([a, b, b]).to(device)
+
+    if isinstance(example, Mapping):
+        return {key: three(value) for key, value in example.items()}
+    return tuple(three(value) for value in tensors)
+
+
+# --- the trace ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Unit:
+    """A module in which tokens meet: the innermost one with linears whose outputs reach other tokens."""
+
+    name: str
+    start: int
+    out_sum: float
+    feeding: list[str]
+
+
+def _image_dim(tensor: torch.Tensor, images: int = _IMAGES) -> int | None:
+    """The dimension (0 or 1) that holds images a, b, b; `None` if the tensor does not depend on the image."""
+    for dim in (0, 1):
+        if tensor.ndim > dim and tensor.shape[dim] > 0 and tensor.shape[dim] % images == 0:
+            a, b, c = per_image(tensor, dim, images).float()
+            near, far = (b - c).norm(), (a - b).norm()
+            if far > 0 and near <= 1e-2 * far:
+                return dim
+            # models that shuffle or drop tokens at random treat even equal images differently
+            if far > 0 and dim == 0 and tensor.shape[0] == images:
+                return dim
+    return None
+
+
+def per_image(tensor: torch.Tensor, dim: int, images: int) -> torch.Tensor:
+    """View `tensor` as (images, features): windows and tokens of one image end up in its row."""
+    return tensor.movedim(dim, 0).reshape(images, -1)
+
+
+def _checksum(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+def _touched_tokens(before: torch.Tensor, after: torch.Tensor, dim: int) -> int:
+    """How many tokens of the first image differ between two outputs of one module."""
+    change = (after.float() - before.float()).abs()
+    change = change.movedim(dim, 0)
+    first = change[: change.shape[0] // _IMAGES].reshape(-1, change.shape[-1])
+    return int((first.amax(dim=-1) > 1e-6 * first.max()).sum())
+
+
+class _Tracer:
+    """Forward hooks that note order, shapes and behaviour of every module; see `Structure` for what comes out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[nn.Module, str] = {}
+        self.opaque: set[nn.Module] = set()
+        for name, module, opaque in named_leaves(model):
+            self.names.setdefault(module, name)
+            if opaque:
+                self.opaque.add(module)
+        self.leaves: dict[str, Leaf] = {}
+        self.units: list[_Unit] = []
+        self.dims: dict[str, tuple[int, int]] = {}
+        self.kinds: dict[str, str] = {}
+        self.executed: list[str] = []
+        self.clock = 0
+        self.starts: dict[nn.Module, list[int]] = {}
+        self.probing = False
+
+    def run(self, inputs: Any) -> Any:
+        handles = []
+        try:
+            for module in self.names:
+                handles.append(module.register_forward_pre_hook(self._enter))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            return call(self.model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not self.probing:
+            self.clock += 1
+            self.starts.setdefault(module, []).append(self.clock)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.probing:
+            return
+        start, name = self.starts[module].pop(), self.names[module]
+        x, y = first_tensor(args, kwargs), first_tensor(output)
+        if x is None or y is None or name in self.dims:
+            return
+        in_dim, out_dim = _image_dim(x), _image_dim(y)
+        if in_dim is None or out_dim is None:
+            return
+        self.dims[name] = (in_dim, out_dim)
+        self.kinds[name] = kind_of(module)
+        inner = [leaf for leaf in self.leaves.values() if leaf.start > start]
+        own = module in self.opaque or any(True for _ in module.parameters(recurse=False))
+        if own and not inner:
+            self._note_leaf(module, name, start, x, y, args, kwargs, output)
+        elif not any(unit.start > start for unit in self.units):
+            self._note_unit(module, name, start, inner, y, args, kwargs)
+
+    def _again(self, module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor | None:
+        self.probing = True
+        try:
+            return first_tensor(module(*args, **kwargs))
+        finally:
+            self.probing = False
+
+    def _note_leaf(self, module: nn.Module, name: str, start: int, x: Any, y: Any, args: Any, kwargs: Any, output: Any) -> None:
+        weight = base_weight(module)
+        in_dim, out_dim = self.dims[name]
+        tokenwise = x.shape[:-1] == y.shape[:-1]
+        parameters = own_parameters(module)
+        light = all(p.ndim <= 1 or p.numel() == p.shape[-1] for p in parameters)
+        conv = weight is not None and weight.ndim >= 3 and not light
+        linear = not conv and not light and tokenwise and weight is not None
+        norm = False
+        if light and parameters and x.shape == y.shape and not kwargs and len(args) == 1:
+            thrice = self._again(module, (3 * args[0],), {})
+            # a scale per channel triples with its input; a norm does not
+            norm = thrice is not None and float((thrice.float() - 3 * y.float()).norm()) > 1e-2 * float(y.float().norm())
+        leaf = Leaf(
+            name=name,
+            kind=self.kinds[name],
+            parameters=sum(_count(p) for p in parameters),
+            shape=_weight_shape(module, weight, x, y) if linear or conv else (tuple(weight.shape) if weight is not None else None),
+            linear=linear,
+            norm=norm,
+            conv=conv,
+            opaque=not (linear or norm or conv or light),
+            start=start,
+            in_width=x.shape[-1],
+            out_width=y.shape[-1],
+            in_dim=in_dim,
+            out_dim=out_dim,
+            in_sum=_checksum(x),
+        )
+        if leaf.opaque and x.ndim >= 3 and self._mixes(module, args, kwargs, x, y):
+            self.units.append(_Unit(name, start, _checksum(y), [name]))
+        self.leaves[name] = leaf
+
+    def _mixes(self, module: nn.Module, args: Any, kwargs: Any, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Does noise on one input token of the first image reach other tokens of the output?"""
+        in_dim, out_dim = self.dims[self.names[module]]
+        noisy = _perturb_token(x, in_dim)
+
+        def swap(value: Any) -> Any:
+            if value is x:
+                return noisy
+            return type(value)(swap(v) for v in value) if type(value) in (tuple, list) else value
+
+        after = self._again(module, swap(tuple(args)), {key: swap(value) for key, value in kwargs.items()})
+        return after is not None and after.shape == y.shape and _touched_tokens(y, after, out_dim) > 1
+
+    def _note_unit(self, module: nn.Module, name: str, start: int, inner: list[Leaf], y: torch.Tensor, args: Any, kwargs: Any) -> None:
+        if y.ndim < 3 and not any(leaf.linear for leaf in inner):
+            return
+        modules = {n: m for m, n in self.names.items()}
+
+        def noise_on(leaf: Leaf, watched: list[Leaf]) -> tuple[torch.Tensor | None, set[str]]:
+            """Run again with noise on one token that `leaf` puts out; return the output and which inputs changed."""
+            moved: set[str] = set()
+
+            def compare(other: Leaf) -> Any:
+                def hook(_: nn.Module, seen: Any) -> None:
+                    if abs(_checksum(seen[0]) - other.in_sum) > 1e-9 * other.in_sum:
+                        moved.add(other.name)
+
+                return hook
+
+            handles = [modules[leaf.name].register_forward_hook(lambda m, a, out: _perturb_token(out, leaf.out_dim))]
+            handles += [modules[other.name].register_forward_pre_hook(compare(other)) for other in watched]
+            try:
+                return self._again(module, args, kwargs), moved
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        linears = [leaf for leaf in inner if leaf.linear]
+        convs = [leaf for leaf in inner if leaf.conv]
+        feeding = []
+        for leaf in linears:
+            after, moved = noise_on(leaf, convs)
+            # tokens that meet in a convolution meet there for any linear before it; that is no attention
+            if not moved and after is not None and after.shape == y.shape:
+                if _touched_tokens(y, after, self.dims[name][1]) > 1:
+                    feeding.append(leaf.name)
+        if not feeding:
+            return
+        # a query reaches its own token only: it is known by moving what the output projection receives
+        last = max(self.leaves[n].start for n in feeding)
+        output = next((leaf for leaf in linears if leaf.start > last), None)
+        for leaf in linears:
+            if output and leaf.name not in feeding and leaf.start < output.start and noise_on(leaf, [output])[1]:
+                feeding.append(leaf.name)
+        self.units.append(_Unit(name, start, _checksum(y), feeding))
+
+
+def _perturb_token(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """A copy with strong noise on one token (a middle one) of the first image."""
+    if tensor.ndim < 3:
+        return tensor
+    moved = tensor.clone().movedim(dim, 0)
+    first = moved[: moved.shape[0] // _IMAGES]
+    position = tuple(size // 2 for size in first.shape[:-1])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(first.shape[-1], generator=generator).to(tensor)
+    first[position] += noise * (first.float().std().to(tensor) + 1)
+    return moved.movedim(0, dim)
+
+
+def kind_of(module: nn.Module) -> str:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = getattr(base, "original_module", base)
+    return type(base).__name__
+
+
+def own_parameters(module: nn.Module) -> list[torch.Tensor]:
+    """The base model's parameters of a leaf: adapters on it do not count."""
+    if isinstance(module, BaseTunerLayer):
+        return list(module.get_base_layer().parameters())
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return list(module.original_module.parameters())
+    return list(module.parameters())
+
+
+def base_weight(module: nn.Module) -> torch.Tensor | None:
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    module = getattr(module, "original_module", module)
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _count(parameter: torch.Tensor) -> int:
+    # ZeRO-3 leaves empty parameters behind and keeps the whole size beside them
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _weight_shape(module: nn.Module, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
+    """The logical weight shape: of a linear (out, in) as its tensors show it, whatever packing or sharding does."""
+    if weight.ndim >= 3:
+        return tuple(int(n) for n in getattr(weight, "ds_shape", weight.shape))
+    return (y.shape[-1], x.shape[-1])
+
+
+# --- from trace to components ------------------------------------------------------------------------------------------
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return prefix == "" or name == prefix or name.startswith(prefix + ".")
+
+
+def _common_ancestor(names: list[str]) -> str:
+    parts = [name.split(".") for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
+
+
+def _attention_output(unit: _Unit, leaves: list[Leaf]) -> Leaf | None:
+    """The output projection: inside the unit the first linear after those that feed it, else the one that reads it."""
+    inside = [leaf for leaf in leaves if leaf.linear and _inside(leaf.name, unit.name) and leaf.name not in unit.feeding]
+    last = max((leaf.start for leaf in leaves if leaf.name in unit.feeding), default=unit.start)
+    after = [leaf for leaf in inside if leaf.start > last]
+    if after:
+        return after[0]
+    for leaf in leaves:
+        if leaf.linear and leaf.start > unit.start and not _inside(leaf.name, unit.name):
+            if abs(leaf.in_sum - unit.out_sum) <= 1e-6 * abs(unit.out_sum):
+                return leaf
+    return None
+
+
+@dataclass
+class _Block:
+    name: str
+    unit: _Unit
+    attention: list[Leaf]
+    rest: list[Leaf]
+
+
+def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
+    blocks = []
+    for unit in tracer.units:
+        output = _attention_output(unit, leaves)
+        projections = {*unit.feeding} | ({output.name} if output else set())
+        # the block is the smallest part around this one attention that holds an MLP too
+        name, chosen = unit.name, None
+        while True:
+            within = [leaf for leaf in leaves if _inside(leaf.name, name)]
+            if sum(_inside(other.name, name) for other in tracer.units) > 1:
+                break
+            chosen = name
+            if sum(leaf.linear and leaf.name not in projections for leaf in within) >= 2 or not name:
+                break
+            name = name.rpartition(".")[0]
+        if chosen is None:
+            continue
+        within = [leaf for leaf in leaves if _inside(leaf.name, chosen)]
+        inline = chosen == unit.name and any(leaf.linear and leaf.name not in projections for leaf in within)
+        container = unit.name if inline else _common_ancestor([unit.name, *projections])
+        attention = [
+            leaf for leaf in within if leaf.name in projections or (not inline and container != chosen and _inside(leaf.name, container))
+        ]
+        blocks.append(_Block(chosen, unit, attention, [leaf for leaf in within if leaf not in attention]))
+    _lend_following_mlp(blocks, leaves)
+    kinds = [tracer_kind(tracer, block.name) for block in blocks]
+    repeated = [block for block, kind in zip(blocks, kinds, strict=True) if kinds.count(kind) > 1]
+    return repeated or blocks
+
+
+def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
+    """Where attention and MLP are siblings in one flat list, an MLP belongs to the attention before it."""
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if any(leaf.linear for leaf in block.rest) or "." not in block.name:
+            continue
+        siblings = block.name.rpartition(".")[0]
+        start = max(leaf.start for leaf in block.attention)
+        end = min(leaf.start for leaf in following.attention + following.rest) if following else float("inf")
+        block.rest += [leaf for leaf in leaves if start < leaf.start < end and leaf not in block.rest and _inside(leaf.name, siblings)]
+
+
+def tracer_kind(tracer: _Tracer, name: str) -> str:
+    for module, public in tracer.names.items():
+        if public == name:
+            return type(module).__name__
+    return ""
+
+
+def _assign_block_roles(block: _Block, index: int) -> None:
+    for leaf in block.attention + block.rest:
+        leaf.block = index
+    for leaf in block.attention:
+        leaf.role = "attention"
+    projections = [leaf for leaf in block.attention if leaf.linear or leaf.opaque]
+    first, last = min(leaf.start for leaf in projections), max(leaf.start for leaf in projections)
+    linears = [leaf for leaf in block.rest if leaf.linear]
+    mlp = [leaf for leaf in linears if leaf.start > last]
+    mlp = [leaf for leaf in linears if leaf.start > first] if mlp else linears
+    for leaf in mlp:
+        leaf.role = "mlp_in"
+    if len(mlp) > 1 or (mlp and mlp[0].in_width > mlp[0].out_width):
+        mlp[-1].role = "mlp_out"
+
+    norms = [leaf for leaf in block.rest if leaf.norm]
+    if mlp:
+        start, end = mlp[0].start, mlp[-1].start
+        before = [n for n in norms if n.start < min(first, start)]
+        after = [n for n in norms if n.start > max(last, end)]
+        between = [n for n in norms if last < n.start < start]
+        if start > last and before and between:
+            *attention_side, mlp_side = between  # pre-norm: the norm nearest to the MLP is the MLP's
+        elif start > last:
+            attention_side, mlp_side = between, None
+        else:
+            attention_side, mlp_side = [], None
+        for norm in [*before, *attention_side]:
+            norm.role = "norm_attention"
+        for norm in [*after, *([mlp_side] if mlp_side else [])]:
+            norm.role = "norm_mlp"
+    else:
+        for norm in norms:
+            norm.role = "norm_attention"
+
+
+def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
+    leaves = sorted(tracer.leaves.values(), key=lambda leaf: leaf.start)
+    blocks = _find_blocks(tracer, leaves)
+    if not blocks:
+        kinds = sorted({leaf.kind for leaf in leaves})
+        raise ValueError(
+            f"No transformer blocks found in {type(model).__name__}: none of its {len(leaves)} executed modules with parameters "
+            f"({', '.join(kinds) or 'none'}) feeds an attention, that is, lets one token of its output reach other tokens. If "
+            "this model is no vision transformer, choose the modules yourself: PlasticityConfig(target_modules=[...])."
+        )
+    for index, block in enumerate(blocks):
+        _assign_block_roles(block, index)
+
+    labels = _label_count(model, output)
+    first = min(leaf.start for leaf in leaves if leaf.block is not None)
+    last = max(leaf.start for leaf in leaves if leaf.block is not None)
+    for leaf in leaves:
+        if leaf.block is not None:
+            continue
+        if leaf.conv or (leaf.linear and leaf.start < first):
+            leaf.role = "patch_embedding"
+        elif leaf.linear and leaf.start > last and labels is not None and leaf.out_width == labels:
+            leaf.role = "head"
+        elif leaf.norm and leaf.start > last:
+            leaf.role = "norm_final"
+
+    components = [c for index, block in enumerate(blocks) for c in _block_components(tracer, block, index, leaves)]
+    for leaf in leaves:
+        if leaf.block is None:
+            components.append(_component(tracer, leaf.role, None, [leaf], leaf.name, [leaf.name], leaf.name))
+    digest = hashlib.sha256(repr([(leaf.role, leaf.block, leaf.shape) for leaf in leaves if leaf.role != "head"]).encode())
+    return Structure(
+        components=components,
+        leaves={leaf.name: leaf for leaf in leaves},
+        dims=tracer.dims,
+        fingerprint=digest.hexdigest()[:16],
+        labels=labels,
+        parameters=sum(_count(p) for _, module, _ in named_leaves(model) for p in _direct_parameters(module)),
+    )
+
+
+def _direct_parameters(module: nn.Module) -> list[torch.Tensor]:
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return own_parameters(module)
+    return list(module.parameters(recurse=False))
+
+
+def _block_components(tracer: _Tracer, block: _Block, index: int, leaves: list[Leaf]) -> list[Component]:
+    found: list[tuple[int, Component]] = []
+    for role in (*BLOCK_ROLES, "other"):
+        members = [leaf for leaf in leaves if leaf.block == index and leaf.role == role]
+        if not members:
+            continue
+        if role in ("norm_attention", "norm_mlp", "other"):
+            groups = [[leaf] for leaf in members]
+        else:
+            groups = [members]
+        for group in groups:
+            inputs, outputs, name = group[0].name, [group[0].name], group[0].name
+            if role == "attention":
+                container = _common_ancestor([block.unit.name, *(leaf.name for leaf in group)])
+                linears = [leaf for leaf in group if leaf.linear or leaf.opaque]
+                if container != block.name and container in tracer.dims:
+                    inputs, outputs, name = container, [container], container
+                elif block.unit.name != block.name and len(linears) == len(block.unit.feeding):
+                    inputs, outputs, name = block.unit.name, [block.unit.name], block.unit.name
+                else:
+                    inputs, outputs = linears[0].name, [linears[-1].name]
+                    name = "+".join(leaf.name for leaf in group)
+            elif len(group) > 1:
+                outputs = [leaf.name for leaf in group]
+                name = _joined(outputs)
+            found.append((group[0].start, _component(tracer, role, index, group, inputs, outputs, name)))
+    return [component for _, component in sorted(found, key=lambda pair: pair[0])]
+
+
+def _joined(names: list[str]) -> str:
+    parent = _common_ancestor([name.rpartition(".")[0] for name in names])
+    short = "+".join(name[len(parent) + 1 :] if parent else name for name in names)
+    return f"{parent}.{short}" if parent else short
+
+
+def _component(
+    tracer: _Tracer, role: str, block: int | None, group: list[Leaf], inputs: str, outputs: list[str], name: str
+) -> Component:
+    return Component(
+        name=name,
+        role=role,
+        block=block,
+        kind=tracer.kinds.get(name, group[0].kind),
+        modules=tuple(leaf.name for leaf in group),
+        parameters=sum(leaf.parameters for leaf in group),
+        inputs=inputs,
+        outputs=tuple(outputs),
+    )
+
+
+def _label_count(model: nn.Module, output: Any) -> int | None:
+    """Width of the model's logits; `None` for a model that returns features."""
+    logits = getattr(output, "logits", None)
+    if logits is None and not hasattr(model, "config"):
+        logits = first_tensor(output)
+    return int(logits.shape[-1]) if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None

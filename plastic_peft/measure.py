@@ -1,0 +1,504 @@
+"""The measurement: rates of change of all components from plain forward passes.
+
+Source: arXiv 2602.06883, the average rate of change E[||f(x) - f(y)|| / ||x - y||]. Hooks note one distance per pair and
+module; the activations themselves are never kept.
+
+Intervals are Student t intervals of the mean rate over pairs. The measurement looks at them after every batch and may
+stop at any look, so the k-th look spends only 1 / (k (k + 1)) of the error probability: over all looks these shares add
+up to the whole, and the stated confidence holds at whichever look it stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .components import (
+    Component,
+    Structure,
+    call,
+    first_tensor,
+    named_leaves,
+    per_image,
+    public_name,
+    quiet,
+    synthetic_images,
+    trace,
+    unwrap,
+)
+from .images import PairBatch, Processor, find_processor, first_pair, model_inputs, pair_batches
+from .report import PlasticityReport, Row
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+INPUTS = ("hidden", "embedding")
+_LEAST_PAIRS = 8
+
+
+def measure_plasticity(
+    model: nn.Module,
+    target: Any,
+    source: Any = None,
+    *,
+    inputs: str = "hidden",
+    max_pairs: int = 12_800,
+    tolerance: float = 0.05,
+    confidence: float = 0.95,
+    batch_size: int = 32,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    image_processor: Processor | None = None,
+    selection: Mapping[str, Any] | None = None,
+) -> PlasticityReport:
+    """Measure the plasticity of every component and module of a vision transformer.
+
+    Args:
+        model: The model, before or after `accelerator.prepare`. It is left as it was, also after an error.
+        target: Downstream images: a `datasets.Dataset` (an image column, or ready `pixel_values`), a `DataLoader`, an
+            iterable of batches, or one tensor (n, channels, height, width).
+        source: Images like the pretraining data, in any of these forms. Without it pairs are drawn inside the target,
+            and the report has no `shift`.
+        inputs: `"hidden"`: every component on the inputs that it really receives. `"embedding"`: every component of every
+            block on the embedding layer's output, as in the paper's reference code.
+        max_pairs: Stop here at the latest.
+        tolerance: Stop when the relative half-width of every row's interval is below this, 0 to never.
+        confidence: Confidence of the intervals, valid whenever the measurement stops.
+        batch_size: Pairs per batch over all processes; one forward pass holds twice as many images.
+        accelerator: With it every process takes its share of each batch, and all return the same report; without it,
+            each process measures all pairs.
+        seed: Decides the order of pairs.
+        progress: Show a progress bar.
+        image_processor: Turns raw images into `pixel_values`; by default the one saved with the model.
+        selection: Options of `PlasticityReport.select`; measure on until this selection cannot change within the intervals.
+
+    Raises:
+        ValueError: If the model's structure cannot be read, the images do not fit it, no pair differs, or a module puts
+            out NaN or infinity; the message names the module and the batch.
+    """
+    _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size)
+    core = unwrap(model)
+    processor = image_processor or find_processor(core)
+    example, target, source = first_pair(target, source, processor)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    device = next((p.device for p in core.parameters()), torch.device("cpu"))
+
+    with _naming_the_batch(core, example, None):
+        structure = trace(core, model_inputs(core, example))
+    plans = _plan_rows(structure, inputs)
+    taps = _Taps(core, structure, plans, inputs)
+    moments = Moments(len(plans), confidence)
+    stopped, total = "data exhausted", 0
+    batches = pair_batches(
+        target, source, processor, batch_size=batch_size, max_pairs=max_pairs, seed=seed, rank=rank, world=world
+    )
+    show = progress and (accelerator is None or accelerator.is_main_process)
+    bar = tqdm(total=max_pairs, desc="plasticity", unit="pair", disable=not show, leave=False)
+    with quiet(core), taps.attached(), contextlib.closing(batches), bar:
+        for number, batch in enumerate(batches):
+            with _naming_the_batch(core, batch.inputs, number):
+                call(core, model_inputs(core, {key: value.to(device) for key, value in batch.inputs.items()}))
+            moments.add(_reduce(taps.rates(batch), accelerator))
+            moments.check([plan.name for plan in plans], number, batch, core)
+            total = batch.last
+            bar.update(batch.last - batch.first)
+            width = moments.widest()
+            bar.set_postfix_str(f"widest interval ±{width:.1%}" if math.isfinite(width) else "")
+            settled = moments.pairs() >= _LEAST_PAIRS and width < tolerance
+            if settled and selection is not None:
+                settled = _selection_is_settled(_rows(plans, structure, moments, source is not None), structure, selection)
+            if settled:
+                stopped = "settled"
+                break
+        else:
+            if total >= max_pairs:
+                stopped = "max_pairs"
+    if moments.pairs() < 1:
+        raise ValueError(
+            f"All {total} pairs have images that are equal: a rate of change needs two different images. Check that source and target differ."
+        )
+    missing = taps.missing()
+    kept = [row for row, plan in zip(_rows(plans, structure, moments, source is not None), plans, strict=True) if plan not in missing]
+    return PlasticityReport(
+        rows=tuple(kept),
+        inputs=inputs,
+        pairs=total,
+        dropped=moments.dropped,
+        stopped=stopped,
+        confidence=confidence,
+        tolerance=tolerance,
+        seed=seed,
+        max_pairs=max_pairs,
+        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or type(core).__name__,
+        base_parameters=structure.parameters,
+        fingerprint=structure.fingerprint,
+        versions=library_versions(),
+        notes=tuple(structure.notes + [f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()]),
+    )
+
+
+def measure_on_synthetic_images(model: nn.Module, *, pairs: int = 64, **options: Any) -> PlasticityReport:
+    """Measure on random images of the model's own input size: a stand-in where nobody has given images."""
+    return measure_plasticity(model, synthetic_images(unwrap(model), 2 * pairs), progress=False, **options)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a measurement."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def _check_arguments(inputs: str, max_pairs: int, tolerance: float, confidence: float, batch_size: int) -> None:
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs={inputs!r} is unknown: choose 'hidden' or 'embedding'.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1, such as 0.95.")
+    if max_pairs < 1 or batch_size < 1:
+        raise ValueError(f"max_pairs={max_pairs} and batch_size={batch_size} must be at least 1.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be 0 or more, such as 0.05.")
+
+
+@contextlib.contextmanager
+def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], number: int | None) -> Iterator[None]:
+    """Turn what a model says about unfit images into an error that names batch and shape."""
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        if isinstance(error, _Finding) or "transformer blocks found" in str(error):
+            raise
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
+        where = "the first images" if number is None else f"batch {number}"
+        raise ValueError(
+            f"{type(model).__name__} cannot take {where} ({shapes}): {error} Pass images of the size and channels that the model expects."
+        ) from error
+
+
+class _Finding(ValueError):
+    """A finding about the measured values, which needs no further explanation."""
+
+
+# --- rows and taps -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One row to be: what it is called, and where its inputs and outputs pass by."""
+
+    name: str
+    level: str
+    component: Component
+    inputs: str
+    outputs: tuple[str, ...]
+
+
+def _plan_rows(structure: Structure, inputs: str) -> list[_Plan]:
+    plans = []
+    for component in structure.components:
+        if inputs == "embedding" and component.block is None:
+            continue
+        plans.append(_Plan(component.name, "component", component, component.inputs, component.outputs))
+        plans += [_Plan(name, "module", component, name, (name,)) for name in component.modules]
+    return plans
+
+
+class _Taps:
+    """Hooks that turn what passes a module into one distance per pair."""
+
+    def __init__(self, model: nn.Module, structure: Structure, plans: list[_Plan], inputs: str) -> None:
+        self.model, self.structure, self.plans = model, structure, plans
+        self.read = {plan.inputs for plan in plans}
+        self.written = {name for plan in plans for name in plan.outputs}
+        self.embedding: torch.Tensor | None = None
+        self.fed: set[str] = set()
+        self.unfit: dict[str, str] = {}
+        if inputs == "embedding":
+            for component in structure.components:
+                if component.block is None:
+                    continue
+                if component.role == "attention" and component.inputs != component.outputs[0]:
+                    self.unfit[component.name] = "its attention is no module of its own that could take the embedding"
+                else:
+                    self.fed |= set(component.outputs)
+        self.distances: dict[tuple[str, str], torch.Tensor] = {}
+        self.seen: dict[int, tuple[Any, int, torch.Tensor]] = {}
+        self.images = 0
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            handles.append(self.model.register_forward_pre_hook(self._start, with_kwargs=True))
+            for name, module, _ in named_leaves(self.model):
+                if name in self.fed:
+                    handles.append(module.register_forward_pre_hook(self._feed(name), with_kwargs=True))
+                if name in self.read or name in self.written:
+                    handles.append(module.register_forward_hook(self._note(name), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.embedding = None
+            self.seen.clear()
+
+    def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.distances.clear()
+        self.seen.clear()
+        self.embedding = None
+        tensor = first_tensor(args, kwargs)
+        self.images = 0 if tensor is None else tensor.shape[0]
+
+    def _note(self, name: str) -> Any:
+        in_dim, out_dim = self.structure.dims[name]
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if name in self.read:
+                self._add((name, "in"), first_tensor(args, kwargs), in_dim)
+            if name in self.written:
+                self._add((name, "out"), first_tensor(output), out_dim)
+
+        return hook
+
+    def _feed(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            x = first_tensor(args, kwargs)
+            if x is None:
+                return None
+            if self.embedding is None:
+                self.embedding = x
+            e = self.embedding
+            if x.shape[:-1] != e.shape[:-1] or x.shape[-1] < e.shape[-1]:
+                self.unfit[name] = f"it takes {tuple(x.shape[1:])} where the embedding is {tuple(e.shape[1:])}"
+                return None
+            fed = nn.functional.pad(e, (0, x.shape[-1] - e.shape[-1])) if x.shape[-1] > e.shape[-1] else e
+            return (
+                tuple(fed if value is x else value for value in args),
+                {key: fed if value is x else value for key, value in kwargs.items()},
+            )
+
+        return hook
+
+    def _add(self, key: tuple[str, str], tensor: torch.Tensor | None, dim: int) -> None:
+        if tensor is None or self.images == 0 or tensor.ndim <= dim or tensor.shape[dim] % self.images:
+            return
+        distance = self._distance(tensor, dim)
+        # a module that is called more than once has one long output: its distances add up in squares
+        self.distances[key] = torch.hypot(self.distances[key], distance) if key in self.distances else distance
+
+    def _distance(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Distances of one tensor: n source-target, then n/2 source-source and n/2 target-target ones."""
+        known = self.seen.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        rows = per_image(tensor.detach(), dim, self.images)
+        n, half = self.images // 2, self.images // 4
+        sources, targets = rows[:n], rows[n:]
+        distance = torch.cat(
+            [_norm(sources, targets), _norm(sources[:half], sources[half:]), _norm(targets[:half], targets[half:])]
+        )
+        self.seen[id(tensor)] = (weakref.ref(tensor), tensor._version, distance)
+        return distance
+
+    def rates(self, batch: PairBatch) -> torch.Tensor:
+        """Sums over this process's pairs, (rows + 1, 3 kinds, 4): rate, its square, count, non-finite count.
+
+        The last row counts pairs whose two images are equal for some module.
+        """
+        n = len(batch.weights)
+        half = n // 2
+        weights = batch.weights.double()
+        inside = weights[:half] * weights[half:]
+        everywhere = torch.cat([weights, inside, inside])
+        absent = torch.full((2 * n,), math.nan)
+        pairs = []
+        for plan in self.plans:
+            x = self.distances.get((plan.inputs, "in"))
+            outputs = [self.distances.get((name, "out")) for name in plan.outputs]
+            if x is None or any(y is None for y in outputs) or plan.name in self.unfit or set(plan.outputs) & set(self.unfit):
+                pairs.append((absent, absent))
+                continue
+            y = outputs[0] if len(outputs) == 1 else torch.linalg.vector_norm(torch.stack(outputs), dim=0)  # type: ignore[arg-type]
+            pairs.append((x, y))
+        device = next((x.device for x, _ in pairs if x is not absent), torch.device("cpu"))
+        x = torch.stack([x.to(device) for x, _ in pairs]).cpu().double()
+        y = torch.stack([y.to(device) for _, y in pairs]).cpu().double()
+        measured = torch.tensor([x_ is not absent for x_, _ in pairs])[:, None]
+        counted = measured & (x != 0) & (everywhere > 0)
+        rate = torch.where(counted, y / x, 0.0)
+        bad = ~torch.isfinite(rate)
+        rate = torch.where(bad, 0.0, rate)
+        sums = torch.stack([rate, rate**2, counted.double(), bad.double()], dim=-1)
+        parts = [sums[:, :n].sum(1), sums[:, n : n + half].sum(1), sums[:, n + half :].sum(1)]
+        moments = torch.stack(parts, dim=1)
+        equal = (measured & (x[:, :n] == 0) & (weights > 0)).any(dim=0).sum()
+        last = torch.zeros(1, 3, 4, dtype=torch.float64)
+        last[0, 0, 0] = equal
+        return torch.cat([moments, last])
+
+    def missing(self) -> dict[_Plan, str]:
+        """Rows that could not be measured, and why."""
+        absent = {}
+        for plan in self.plans:
+            names = [plan.name, *plan.outputs]
+            why = next((self.unfit[name] for name in names if name in self.unfit), None)
+            if why is None and (plan.inputs, "in") not in self.distances:
+                why = "nothing that depends on the image passed it"
+            if why is not None:
+                absent[plan] = why
+        return absent
+
+
+def _norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.dtype not in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(a.float().sub_(b), dim=1)
+    return torch.linalg.vector_norm(a - b, dim=1)
+
+
+def _reduce(sums: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
+    if accelerator is None or accelerator.num_processes == 1:
+        return sums
+    try:
+        reduced: torch.Tensor = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Process {accelerator.process_index} could not add up its rates with the others; one of them has probably died. "
+            "See the first error among their logs."
+        ) from error
+    return reduced
+
+
+# --- moments and stopping ----------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Running sums per row and kind of pair, with t intervals whose looks are paid for."""
+
+    def __init__(self, rows: int, confidence: float) -> None:
+        self.sums = torch.zeros(rows, 3, 4, dtype=torch.float64)
+        self.confidence, self.looks, self.dropped = confidence, 0, 0
+
+    def add(self, sums: torch.Tensor) -> None:
+        self.sums += sums[:-1]
+        self.dropped += int(sums[-1, 0, 0])
+        self.looks += 1
+
+    def pairs(self) -> int:
+        """Pairs in the row that has fewest, not counting rows that were never measured."""
+        counts = self.sums[:, 0, 2]
+        return int(counts[counts > 0].min()) if (counts > 0).any() else 0
+
+    def mean(self, kind: int = 0) -> torch.Tensor:
+        return self.sums[:, kind, 0] / self.sums[:, kind, 2].clamp(min=1)
+
+    def std(self, kind: int = 0) -> torch.Tensor:
+        count = self.sums[:, kind, 2]
+        spread = (self.sums[:, kind, 1] - count * self.mean(kind) ** 2).clamp(min=0)
+        return (spread / (count - 1).clamp(min=1)).sqrt()
+
+    def half_width(self, kind: int = 0) -> torch.Tensor:
+        from scipy.stats import t
+
+        count = self.sums[:, kind, 2]
+        error = (1 - self.confidence) / (self.looks * (self.looks + 1))
+        quantile = torch.from_numpy(t.ppf(1 - error / 2, (count - 1).clamp(min=1).numpy()))
+        return torch.where(count > 1, quantile * self.std(kind) / count.clamp(min=1).sqrt(), math.inf)
+
+    def widest(self) -> float:
+        measured = self.sums[:, 0, 2] > 0
+        if not measured.any():
+            return math.inf
+        # a rate of exactly zero (a frozen scale of zero) has no relative width
+        mean = self.mean()[measured]
+        relative = torch.where(mean > 0, self.half_width()[measured] / mean.clamp(min=1e-300), 0.0)
+        return float(relative.max())
+
+    def check(self, names: list[str], number: int, batch: PairBatch, model: nn.Module) -> None:
+        bad = self.sums[:, :, 3].sum(dim=1).nonzero().flatten().tolist()
+        if bad:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            more = f" and {len(bad) - 1} further ones" if len(bad) > 1 else ""
+            raise _Finding(
+                f"{names[bad[0]]}{more} put out NaN or infinity in batch {number} (pairs {batch.first} to {batch.last - 1}), the model being "
+                f"in {dtype}. Check the images of this batch; if the values overflow, measure in bfloat16 or float32."
+            )
+
+
+def _rows(plans: list[_Plan], structure: Structure, moments: Moments, with_source: bool) -> list[Row]:
+    mean, std, width = moments.mean().tolist(), moments.std().tolist(), moments.half_width().tolist()
+    inside, among = moments.mean(1).tolist(), moments.mean(2).tolist()
+    rows = []
+    for i, plan in enumerate(plans):
+        leaf = structure.leaves.get(plan.name) if plan.level == "module" else None
+        half = width[i] if math.isfinite(width[i]) else 0.0
+        rows.append(
+            Row(
+                name=plan.name,
+                level=plan.level,
+                role=plan.component.role,
+                block=plan.component.block,
+                kind=leaf.kind if leaf else plan.component.kind,
+                component=plan.component.name,
+                parameters=leaf.parameters if leaf else plan.component.parameters,
+                shape=leaf.shape if leaf else None,
+                mean=mean[i],
+                std=std[i],
+                pairs=int(moments.sums[i, 0, 2]),
+                ci_low=mean[i] - half,
+                ci_high=mean[i] + half,
+                source_source=inside[i] if with_source else None,
+                target_target=among[i] if with_source else None,
+                shift=mean[i] / inside[i] if with_source and inside[i] > 0 else None,
+            )
+        )
+    return rows
+
+
+def _selection_is_settled(rows: list[Row], structure: Structure, options: Mapping[str, Any]) -> bool:
+    """Does the selection stay when every selected score moves to the bad end of its interval and the others to the good?"""
+    report = PlasticityReport(
+        rows=tuple(rows),
+        inputs="hidden",
+        pairs=0,
+        dropped=0,
+        stopped="",
+        confidence=0.5,
+        tolerance=0,
+        seed=0,
+        max_pairs=0,
+        base_model="",
+        base_parameters=structure.parameters,
+        fingerprint="",
+    )
+    chosen = report.select(**options)
+    names, units = set(chosen.modules), set(chosen.units)
+    toward_low = options.get("order", "highest") != "lowest"
+
+    def shaken(row: Row) -> Row:
+        member = row.name in names if row.level == "module" else bool(units & {row.role, row.name}) or _holds(rows, row, names)
+        end = row.ci_low if member == toward_low else row.ci_high
+        scale = end / row.mean if row.mean > 0 else 1.0
+        return replace(row, mean=end, shift=None if row.shift is None else row.shift * scale)
+
+    moved = replace(report, rows=tuple(shaken(row) for row in rows)).select(**options)
+    return set(moved.modules) == names
+
+
+def _holds(rows: list[Row], component: Row, names: set[str]) -> bool:
+    return any(r.level == "module" and r.component == component.name and r.role == component.role and r.name in names for r in rows)
+
+
+def tapped_names(model: nn.Module) -> list[str]:
+    """Public names of all modules, as rows use them."""
+    return [public_name(name) for name, _, _ in named_leaves(unwrap(model))]

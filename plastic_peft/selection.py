@@ -1,0 +1,281 @@
+"""From scores to modules and ranks: a pure function of numbers, with no model in sight.
+
+Units (a role over all depths, a component of one block, or a module) are put in one order; `top_k`, `fraction` and
+`threshold` count units, `budget` counts trainable parameters and takes modules one by one in that order.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+
+GRANULARITIES = ("component", "block", "module")
+WITHIN = ("model", "role")
+ORDERS = ("highest", "lowest", "random")
+RANK_ALLOCATIONS = ("uniform", "proportional")
+ADAPTERS = ("lora", "full")
+DEFAULT_BUDGET = 0.01
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could be adapted.
+
+    Attributes:
+        name: Dotted module name.
+        role: Role of the component it belongs to.
+        block: Index of its block.
+        component: Name of its component; modules of one component share it.
+        score: The module's own score.
+        component_score: The score of its component.
+        cost_per_rank: Trainable parameters that one LoRA rank on it costs, 0 if it cannot take LoRA.
+        parameters: Its own parameters, which `adapter="full"` trains.
+    """
+
+    name: str
+    role: str
+    block: int
+    component: str
+    score: float
+    component_score: float
+    cost_per_rank: int
+    parameters: int
+
+    def cost(self, adapter: str, r: int) -> int:
+        return self.parameters if adapter == "full" else self.cost_per_rank * r
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which modules to adapt.
+
+    Attributes:
+        scores: Exact module name to the score it was chosen by, best first.
+        ranks: Exact module name to LoRA rank; empty for `adapter="full"`.
+        parameters: Trainable parameters of the selection, without head and modules to save.
+        units: The units taken, as they were ranked: role, component or module names.
+    """
+
+    scores: dict[str, float]
+    ranks: dict[str, int]
+    parameters: int
+    units: tuple[str, ...]
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.scores)
+
+
+def check_options(
+    *,
+    budget: float | int | None,
+    top_k: int | None,
+    fraction: float | None,
+    threshold: float | None,
+    granularity: str,
+    within: str,
+    order: str,
+    rank_allocation: str,
+    adapter: str,
+) -> None:
+    """Raise a `ValueError` that names the option at fault; see `select` for their meaning."""
+    given = {"budget": budget, "top_k": top_k, "fraction": fraction, "threshold": threshold}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} say two different things about how much to adapt: pass only one of them.")
+    for name, value, allowed in (
+        ("granularity", granularity, GRANULARITIES),
+        ("within", within, WITHIN),
+        ("order", order, ORDERS),
+        ("rank_allocation", rank_allocation, RANK_ALLOCATIONS),
+        ("adapter", adapter, ADAPTERS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+            raise ValueError(f"{name}={value!r} is not a number: pass a finite one.")
+    if budget is not None and budget <= 0:
+        raise ValueError(f"budget={budget} leaves nothing to train: pass parameters (int) or a share of the model (float).")
+    if isinstance(budget, float) and budget > 1:
+        raise ValueError(f"budget={budget} is a share above 1: pass an int to count parameters.")
+    if top_k is not None and (top_k < 1 or int(top_k) != top_k):
+        raise ValueError(f"top_k={top_k} must be a whole number of at least 1.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must lie above 0 and at most at 1.")
+    if adapter == "full" and rank_allocation != "uniform":
+        raise ValueError('rank_allocation applies to adapter="lora": full adapters have no rank.')
+
+
+def select(
+    candidates: Sequence[Candidate],
+    *,
+    base_parameters: int,
+    budget: float | int | None = None,
+    top_k: int | None = None,
+    fraction: float | None = None,
+    threshold: float | None = None,
+    granularity: str = "component",
+    within: str = "model",
+    order: str = "highest",
+    rank_allocation: str = "uniform",
+    adapter: str = "lora",
+    r: int = 8,
+    seed: int = 0,
+) -> Selection:
+    """Choose modules and ranks.
+
+    Args:
+        candidates: In execution order, which also breaks ties: of two equal scores the earlier module wins.
+        base_parameters: Parameters of the base model, to which a float `budget` refers.
+        budget: Trainable parameters to spend at most: an int, or a float share of the base model. Modules are taken in
+            order until the next one does not fit; inside a unit the better component and module come first.
+        top_k, fraction, threshold: How many units, what share of them (rounded up), or which score they need at least.
+            If none of the four is given: a budget of 1 % for LoRA, the first unit for full adapters.
+        granularity: What is ranked: `"component"`, a role over all depths, scored by the mean over its blocks (as the
+            paper does); `"block"`, one component of one block; `"module"`.
+        within: `"model"` ranks all units together; `"role"` takes the best of every role first, then the second, ...
+        order: `"highest"` or `"lowest"` score first, or `"random"` (with `seed`) for controls.
+        rank_allocation: `"uniform"` gives every module rank `r`; `"proportional"` spends the same parameters with ranks
+            in proportion to the modules' scores, at least 1, until no further rank fits.
+        adapter: `"lora"` or `"full"`; LoRA leaves out modules that cannot take it, such as norms.
+        r: LoRA rank.
+
+    Raises:
+        ValueError: If options contradict each other, nothing can be selected, or the budget is below the first module.
+    """
+    check_options(
+        budget=budget,
+        top_k=top_k,
+        fraction=fraction,
+        threshold=threshold,
+        granularity=granularity,
+        within=within,
+        order=order,
+        rank_allocation=rank_allocation,
+        adapter=adapter,
+    )
+    able = [c for c in candidates if adapter == "full" or c.cost_per_rank > 0]
+    if not able:
+        raise ValueError(f"None of the {len(candidates)} measured modules can take adapter={adapter!r}.")
+    if budget is None and top_k is None and fraction is None and threshold is None:
+        budget, top_k = (DEFAULT_BUDGET, None) if adapter == "lora" else (None, 1)
+
+    units = _ranked_units(able, granularity, within, order, seed)
+    if top_k is not None:
+        units = units[:top_k]
+    elif fraction is not None:
+        units = units[: math.ceil(fraction * len(units))]
+    elif threshold is not None:
+        best = max(unit.score for unit in units)
+        units = [unit for unit in units if unit.score >= threshold]
+        if not units:
+            raise ValueError(f"No score reaches threshold={threshold}: the highest is {best:.4g}. Lower the threshold.")
+
+    chosen = [c for unit in units for c in unit.members]
+    if budget is not None:
+        limit = int(budget * base_parameters) if isinstance(budget, float) else int(budget)
+        fitting = _prefix_within(chosen, limit, adapter, r)
+        if not fitting:
+            first = chosen[0]
+            share = f" ({budget} of {base_parameters:,})" if isinstance(budget, float) else ""
+            remedy = f"lower r (now {r}), raise the budget" if adapter == "lora" else "raise the budget"
+            raise ValueError(
+                f"A budget of {limit:,} parameters{share} is below the first module, {first.name}, which needs "
+                f"{first.cost(adapter, r):,}: {remedy}, or use top_k."
+            )
+        chosen = fitting
+    ranks: dict[str, int] = {}
+    if adapter == "lora":
+        ranks = {c.name: r for c in chosen}
+        if rank_allocation == "proportional":
+            ranks = _proportional_ranks(chosen, limit if budget is not None else sum(c.cost("lora", r) for c in chosen))
+    names = {c.name for c in chosen}
+    return Selection(
+        scores={c.name: c.score for c in chosen},
+        ranks=ranks,
+        parameters=sum(c.cost(adapter, ranks.get(c.name, r)) for c in chosen),
+        units=tuple(unit.name for unit in units if names & {c.name for c in unit.members}),
+    )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    role: str
+    score: float
+    members: list[Candidate]
+
+
+def _ranked_units(candidates: Sequence[Candidate], granularity: str, within: str, order: str, seed: int) -> list[_Unit]:
+    def key(c: Candidate) -> tuple[object, ...]:
+        return {"component": (c.role,), "block": (c.block, c.component), "module": (c.name,)}[granularity]
+
+    groups: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(key(candidate), []).append(candidate)
+    sign = 1 if order == "lowest" else -1
+    shuffle = random.Random(seed)
+    units = []
+    for members in groups.values():
+        first = members[0]
+        if granularity == "module":
+            name, score = first.name, first.score
+        elif granularity == "block":
+            name, score = first.component, first.component_score
+        else:
+            name, score = first.role, fmean({c.component: c.component_score for c in members}.values())
+        members = sorted(members, key=lambda c: (sign * c.component_score, c.block, sign * c.score))
+        if order == "random":
+            shuffle.shuffle(members)
+        units.append(_Unit(name, first.role, score, members))
+    if order == "random":
+        shuffle.shuffle(units)
+    else:
+        units.sort(key=lambda unit: sign * unit.score)
+    if within == "role":
+        seen: dict[str, int] = {}
+        places = []
+        for unit in units:
+            places.append(seen.get(unit.role, 0))
+            seen[unit.role] = places[-1] + 1
+        units = [unit for _, unit in sorted(zip(places, units, strict=True), key=lambda pair: pair[0])]
+    return units
+
+
+def _prefix_within(candidates: Iterable[Candidate], limit: int, adapter: str, r: int) -> list[Candidate]:
+    taken, spent = [], 0
+    for candidate in candidates:
+        spent += candidate.cost(adapter, r)
+        if spent > limit:
+            break
+        taken.append(candidate)
+    return taken
+
+
+def _proportional_ranks(chosen: Sequence[Candidate], limit: int) -> dict[str, int]:
+    """Ranks in proportion to scores, at least 1, spending `limit` until no further rank of any module fits."""
+    weight = {c.name: max(c.score, 0.0) for c in chosen}
+    total = sum(weight[c.name] * c.cost_per_rank for c in chosen)
+    scale = limit / total if total > 0 else 0.0
+    ideal = {name: w * scale for name, w in weight.items()}
+    ranks = {c.name: max(1, math.floor(ideal[c.name])) for c in chosen}
+    spent = sum(ranks[c.name] * c.cost_per_rank for c in chosen)
+    # the floor of 1 can overspend: take back where the rank is furthest above its share
+    while spent > limit:
+        over = max((c for c in chosen if ranks[c.name] > 1), key=lambda c: ranks[c.name] - ideal[c.name], default=None)
+        if over is None:
+            break
+        ranks[over.name] -= 1
+        spent -= over.cost_per_rank
+    while True:
+        fitting = [c for c in chosen if spent + c.cost_per_rank <= limit]
+        if not fitting:
+            return ranks
+        under = max(fitting, key=lambda c: ideal[c.name] - ranks[c.name])
+        ranks[under.name] += 1
+        spent += under.cost_per_rank
