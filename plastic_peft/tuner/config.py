@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from peft import LoraConfig
+
+from ..report import SIGNALS, PlasticityReport
+from ..selection import check_options
+from .registration import add_peft_type
+
+
+PEFT_TYPE = add_peft_type()
+MAX_NAMES = 100_000
+
+
+@dataclass
+class PlasticityConfig(LoraConfig):
+    """
+    Configuration of an adapter whose target modules are chosen by measured plasticity.
+
+    All of [`LoraConfig`] applies; these fields come on top. Explicit `target_modules` win: then nothing is measured or
+    selected.
+
+    Args:
+        plasticity (`PlasticityReport`, `dict[str, float]` or path, *optional*):
+            What to choose by: a report, its file, or a score per module name. Without it and without
+            `target_modules`, the model is measured on synthetic images, with a warning.
+        adapter (`"lora"` or `"full"`, defaults to `"lora"`):
+            Low-rank adapters on the selected modules, or training of the selected modules' own weights, norms included.
+        budget (`int` or `float`, *optional*):
+            Trainable parameters to spend at most, the head not counted; a float is a share of the base model. If none of
+            `budget`, `top_k`, `fraction` and `threshold` is given: 0.01 for LoRA, `top_k=1` for full adapters.
+        top_k (`int`, *optional*): Number of units to adapt.
+        fraction (`float`, *optional*): Share of units to adapt.
+        threshold (`float`, *optional*): Score that a unit needs at least.
+        granularity (`"component"`, `"block"` or `"module"`, defaults to `"component"`):
+            What a unit is: a role over all depths, one component of one block, or a module.
+        within (`"model"` or `"role"`, defaults to `"model"`):
+            Rank all units together, or take the best of every role first.
+        signal (`"plasticity"` or `"shift"`, defaults to `"plasticity"`):
+            The rate of change, or that rate over the rate inside the source images.
+        order (`"highest"`, `"lowest"` or `"random"`, defaults to `"highest"`):
+            Which end of the ranking to adapt; the others are controls.
+        rank_allocation (`"uniform"` or `"proportional"`, defaults to `"uniform"`):
+            Rank `r` everywhere, or the same parameters with ranks in proportion to the scores; `lora_alpha` follows, so
+            that every module keeps the same scaling.
+        seed (`int`, defaults to 0): Decides `order="random"`.
+        modules_to_save (`list[str]` or `"auto"`, defaults to `"auto"`):
+            Modules trained in full and saved with the adapter; `"auto"` finds the classification head.
+        selected_modules (`dict[str, float]`, *optional*):
+            Exact names and scores of the adapted modules. Filled in when the selection is settled, and saved with it, so
+            that loading neither measures again nor adapts anything else.
+
+    Raises:
+        ValueError: If options contradict each other or have no such value; the message names them.
+    """
+
+    plasticity: Optional[Union[PlasticityReport, dict[str, float], str]] = field(
+        default=None, metadata={"help": "Report, its path, or a mapping of module names to scores to select modules by."}
+    )
+    adapter: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "'lora' for low-rank adapters, 'full' to train the selected modules' own weights."}
+    )
+    budget: Optional[Union[int, float]] = field(
+        default=None, metadata={"help": "Trainable parameters (int), or their share of the base model (float)."}
+    )
+    top_k: Optional[int] = field(default=None, metadata={"help": "Number of units to adapt."})
+    fraction: Optional[float] = field(default=None, metadata={"help": "Share of units to adapt."})
+    threshold: Optional[float] = field(default=None, metadata={"help": "Score that a unit needs at least."})
+    granularity: Literal["component", "block", "module"] = field(
+        default="component", metadata={"help": "Unit of selection: a role over all depths, a component of a block, a module."}
+    )
+    within: Literal["model", "role"] = field(default="model", metadata={"help": "Rank over the model or inside each role."})
+    signal: str = field(default="plasticity", metadata={"help": "What to rank by: 'plasticity' or 'shift'."})
+    order: Literal["highest", "lowest", "random"] = field(default="highest", metadata={"help": "Which units to adapt first."})
+    rank_allocation: Literal["uniform", "proportional"] = field(
+        default="uniform", metadata={"help": "The same rank everywhere, or ranks in proportion to the scores."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of order='random'."})
+    modules_to_save: Optional[Union[list[str], str]] = field(
+        default="auto",
+        metadata={"help": "Modules trained in full and saved with the adapter; 'auto' finds the classification head."},
+    )
+    selected_modules: Optional[dict[str, float]] = field(
+        default=None, metadata={"help": "Exact names and scores of the adapted modules, filled in by the selection."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        check_options(
+            budget=self.budget,
+            top_k=self.top_k,
+            fraction=self.fraction,
+            threshold=self.threshold,
+            granularity=self.granularity,
+            within=self.within,
+            order=self.order,
+            rank_allocation=self.rank_allocation,
+            adapter=self.adapter,
+        )
+        if self.signal not in SIGNALS:
+            raise ValueError(f"signal={self.signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be a whole number.")
+        if self.adapter == "full" and self.use_dora:
+            raise ValueError('use_dora applies to adapter="lora": full adapters have no low-rank part.')
+        self._report: PlasticityReport | None = None
+        if isinstance(self.plasticity, PlasticityReport):
+            self._report = self.plasticity
+        elif isinstance(self.plasticity, os.PathLike):
+            self.plasticity = os.fspath(self.plasticity)
+        for name in ("plasticity", "selected_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, PlasticityReport)):
+                setattr(self, name, _checked_scores(name, value))
+
+    @property
+    def report(self) -> PlasticityReport | None:
+        """The report that the selection was made from, where it is at hand."""
+        return self._report
+
+    def selection_options(self) -> dict[str, Any]:
+        """The options of `PlasticityReport.select` that this config states."""
+        names = ("budget", "top_k", "fraction", "threshold", "granularity", "within", "signal", "order", "rank_allocation")
+        return {name: getattr(self, name) for name in (*names, "adapter", "r", "seed")}
+
+    def to_dict(self) -> dict[str, Any]:
+        held, self.plasticity = self.plasticity, None if isinstance(self.plasticity, PlasticityReport) else self.plasticity
+        try:
+            return super().to_dict()
+        finally:
+            self.plasticity = held
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        if self._report is not None:
+            self._report.save(Path(save_directory))
+
+
+def _checked_scores(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass a PlasticityReport, its path, or a dict of module names to scores.")
+    if not value or len(value) > MAX_NAMES:
+        raise ValueError(f"{name} names {len(value):,} modules: pass between 1 and {MAX_NAMES:,}.")
+    for module, score in value.items():
+        numeric = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if not isinstance(module, str) or not numeric or not math.isfinite(score):
+            raise ValueError(f"{name} gives {str(module)[:80]!r} the score {str(score)[:80]!r}: module names need finite scores.")
+    return {module: float(score) for module, score in value.items()}

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Iterator, Optional
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import PeftType
+from torch import nn
+
+from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, trace
+from ..measure import measure_on_synthetic_images
+from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
+from ..selection import Candidate, Selection, select
+from .config import PlasticityConfig
+from .layer import FullLayer
+
+
+logger = logging.getLogger(__name__)
+
+
+class PlasticityModel(LoraModel):
+    """
+    A model with adapters on the modules that plasticity selects; see [`PlasticityConfig`].
+
+    It is a [`LoraModel`], so that all of LoRA's features come with it. The selection is settled before the first module
+    is touched, and matched by exact name.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`PlasticityConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`): Create empty adapter weights on meta device.
+
+    Returns:
+        `torch.nn.Module`: The model with adapters.
+    """
+
+    tuner_layer_cls = (LoraLayer, FullLayer)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, PlasticityConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        settle(config, model)
+        self._check_modes(config, model)
+        selected = None if config.selected_modules is None else set(config.selected_modules)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if selected is not None:
+            # peft shortens long lists to common suffixes; what is saved stays exact
+            config.target_modules = selected
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        selected = getattr(peft_config, "selected_modules", None)
+        return key in selected if selected is not None else check_target_module_exists(peft_config, key)
+
+    def _check_modes(self, config: PlasticityConfig, model: nn.Module) -> None:
+        other = LoraLayer if config.adapter == "full" else FullLayer
+        for name, module in model.named_modules():
+            if isinstance(module, other) and self._check_target_module_exists(config, name):
+                raise ValueError(
+                    f"{name} already has an adapter of the other mode, and one module cannot carry both adapter='lora' and "
+                    "adapter='full': select other modules, or load the second adapter on a fresh model."
+                )
+
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if getattr(lora_config, "adapter", "lora") != "full":
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+            return
+        if parameter_name is not None:
+            raise ValueError('target_parameters applies to adapter="lora": full adapters train whole modules.')
+        if isinstance(target, FullLayer):
+            target.update_layer(adapter_name, lora_config)
+            return
+        layer = FullLayer(target, adapter_name, lora_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        full = [n for n in set(names or ()) if n in self.peft_config and getattr(self.peft_config[n], "adapter", "lora") == "full"]
+        if full:
+            raise ValueError(
+                f"adapter_names mixes adapters inside a batch, which adapter='full' ({', '.join(sorted(full))}) cannot: its weights "
+                "are not a sum over samples. Use set_adapter and one batch per adapter."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        full = [name for name in adapters if getattr(self.peft_config.get(name), "adapter", "lora") == "full"]
+        if full:
+            raise ValueError(f"add_weighted_adapter combines LoRA weights; {', '.join(full)} has adapter='full'.")
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+
+# --- settling the selection --------------------------------------------------------------------------------------------
+
+
+def settle(config: PlasticityConfig, model: nn.Module) -> None:
+    """Fill `target_modules`, `selected_modules`, ranks and `modules_to_save` of `config` in, measuring only if needed.
+
+    Raises:
+        ValueError: If the report describes another architecture, names are not in the model, or nothing is selected.
+    """
+    modules = {name: module for name, module, _ in named_leaves(model)}
+    structure: Structure | None = None
+    if config.selected_modules is not None:
+        _check_names(config.selected_modules, modules, "selected_modules")
+        config.target_modules = set(config.selected_modules)
+    elif config.target_modules is None and not config.target_parameters:
+        report, structure = _report_for(config, model, modules)
+        if isinstance(report, PlasticityReport):
+            candidates = report.candidates(config.signal)
+            total = report.base_parameters
+            config._report = report
+        else:
+            candidates, total = report, sum(p.numel() for p in model.parameters())
+        candidates = _allowed(config, candidates)
+        options = config.selection_options()
+        options.pop("signal")
+        _apply(config, select(candidates, base_parameters=total, **options))
+        config.plasticity = None
+    if config.modules_to_save == ["auto"]:
+        config.modules_to_save = _head(config, model, modules, structure) or None
+        if config.modules_to_save:
+            logger.info("modules_to_save='auto' found the head: %s", ", ".join(config.modules_to_save))
+
+
+def _apply(config: PlasticityConfig, selection: Selection) -> None:
+    config.selected_modules = dict(selection.scores)
+    config.target_modules = set(selection.scores)
+    changed = {name: rank for name, rank in selection.ranks.items() if rank != config.r}
+    if changed:
+        config.rank_pattern = {**changed, **config.rank_pattern}
+        scaling = math.sqrt if config.use_rslora else float
+        alphas = {name: config.lora_alpha * scaling(rank) / scaling(config.r) for name, rank in changed.items()}
+        config.alpha_pattern = {**alphas, **config.alpha_pattern}
+
+
+def _report_for(
+    config: PlasticityConfig, model: nn.Module, modules: dict[str, nn.Module]
+) -> tuple[PlasticityReport | list[Candidate], Structure | None]:
+    given: Any = config.plasticity
+    if isinstance(given, str):
+        given = PlasticityReport.load(given)
+    if given is None:
+        warnings.warn(
+            "Neither a plasticity report nor target_modules was given: measuring on synthetic images of the model's input "
+            "size. Pass plasticity=measure_plasticity(model, images) to choose modules for your data.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return measure_on_synthetic_images(model, seed=config.seed), None
+    if isinstance(given, PlasticityReport):
+        return _fitted(given, model, modules)
+    _check_names(given, modules, "plasticity")
+    return [_candidate(name, score, modules[name]) for name, score in given.items()], None
+
+
+def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
+    weight = base_weight(module)
+    shape = None if weight is None else (getattr(module, "out_features", weight.shape[0]), *weight.shape[1:])
+    able = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, LoraLayer))
+    return Candidate(
+        name=name,
+        role="module",
+        block=0,
+        component=name,
+        score=score,
+        component_score=score,
+        cost_per_rank=lora_cost_per_rank(type(module).__name__, shape) if able else 0,
+        parameters=sum(p.numel() for p in own_parameters(module)),
+    )
+
+
+def _fitted(report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Module]) -> tuple[PlasticityReport, Structure | None]:
+    """The report in this model's names: as it is, or translated where the same architecture is named otherwise."""
+    rows = [row for row in report.select_rows("module") if row.role in BLOCK_ROLES]
+    odd = next((row for row in rows if not _fits(row, modules.get(row.name))), None)
+    if odd is None:
+        return report, None
+    structure = trace(model)
+    if structure.fingerprint != report.fingerprint:
+        what = "is not in this model" if odd.name not in modules else f"has another shape than {odd.shape} in this model"
+        raise ValueError(
+            f"The report describes another architecture ({report.base_model}, fingerprint {report.fingerprint}; this model has "
+            f"{structure.fingerprint}): {odd.name} {what}.{nearest(odd.name, modules) if odd.name not in modules else ''} "
+            "Measure this model, or pass the report that belongs to it."
+        )
+    # equal fingerprints mean equal roles, blocks and shapes in equal order, so places translate names
+    here = [leaf for component in structure.components if component.role in BLOCK_ROLES for leaf in component.modules]
+    names = dict(zip((row.name for row in rows), here, strict=True))
+    parts = dict(
+        zip(
+            dict.fromkeys((row.component, row.role) for row in rows),
+            (component.name for component in structure.components if component.role in BLOCK_ROLES),
+            strict=True,
+        )
+    )
+
+    def renamed(row: Row) -> Row:
+        component = parts.get((row.component, row.role), row.component)
+        return replace(row, name=component if row.level == "component" else names.get(row.name, row.name), component=component)
+
+    kept = [row for row in report.rows if row.role in BLOCK_ROLES]
+    return replace(report, rows=tuple(renamed(row) for row in kept)), structure
+
+
+def _fits(row: Row, module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    weight = base_weight(module)
+    if row.shape is None or weight is None or not weight.is_floating_point() or weight.numel() == 0:
+        return True
+    return weight.numel() == math.prod(row.shape) or row.kind == "MultiheadAttention"
+
+
+def _check_names(scores: dict[str, float], modules: dict[str, nn.Module], what: str) -> None:
+    unknown = [name for name in scores if name not in modules or not name]
+    if unknown:
+        raise ValueError(
+            f"{what} names {len(unknown)} modules that this model does not have, such as {unknown[0]!r}."
+            f"{nearest(unknown[0], modules)} Load it on the model that it was made for."
+        )
+
+
+def _allowed(config: PlasticityConfig, candidates: list[Candidate]) -> list[Candidate]:
+    """Leave out what `exclude_modules` and `layers_to_transform` rule out."""
+    layers = config.layers_to_transform
+    if layers is not None:
+        layers = [layers] if isinstance(layers, int) else layers
+        candidates = [c for c in candidates if c.block in layers]
+    if config.exclude_modules:
+        probe = LoraMatch(config.exclude_modules)
+        candidates = [c for c in candidates if not probe.matches(c.name)]
+    if not candidates:
+        raise ValueError("exclude_modules and layers_to_transform leave no measured module to select from: loosen them.")
+    return candidates
+
+
+class LoraMatch:
+    """PEFT's way of matching names: a string is a regular expression, a list holds exact names or suffixes."""
+
+    def __init__(self, patterns: Any) -> None:
+        self.target_modules = patterns
+        self.peft_type = PeftType.LORA
+        self.exclude_modules = None
+        self.layers_to_transform = None
+        self.layers_pattern = None
+
+    def matches(self, name: str) -> bool:
+        return bool(check_target_module_exists(self, name))
+
+
+def _head(
+    config: PlasticityConfig, model: nn.Module, modules: dict[str, nn.Module], structure: Structure | None
+) -> list[str] | None:
+    """Names of the classification head: as the report saw it, else from a trace, where the model can be traced."""
+    if config.report is not None:
+        names = [row.name for row in config.report.rows if row.role == "head" and row.level == "module"]
+        if names and all(name in modules for name in names):
+            return names
+    if structure is None:
+        if not hasattr(getattr(model, "config", None), "image_size") or any(
+            isinstance(p, torch.Tensor) and p.device.type == "meta" for p in model.parameters()
+        ):
+            return None
+        try:
+            structure = trace(model)
+        except (ValueError, RuntimeError, TypeError):
+            return None
+    return [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
+
+
+__all__ = ["BaseTunerLayer", "PlasticityModel", "settle"]
