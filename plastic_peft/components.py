@@ -120,25 +120,26 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Structure:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, data-parallel and PEFT wrappers; names are relative to it."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
-            model = model.module
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner
 
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, compiled code or a moved random state; all is put back, whatever happens."""
     training = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None})
-    compiler = getattr(torch, "compiler", None)
-    eager = compiler.set_stance("force_eager") if hasattr(compiler, "set_stance") else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), eager:
+    devices = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             model.eval()
             yield
@@ -345,7 +346,9 @@ class _Tracer:
         finally:
             self.probing = False
 
-    def _note_leaf(self, module: nn.Module, name: str, start: int, x: Any, y: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _note_leaf(
+        self, module: nn.Module, name: str, start: int, x: Any, y: Any, args: Any, kwargs: Any, output: Any
+    ) -> None:
         weight = base_weight(module)
         in_dim, out_dim = self.dims[name]
         tokenwise = x.shape[:-1] == y.shape[:-1]
@@ -357,12 +360,14 @@ class _Tracer:
         if light and parameters and x.shape == y.shape and not kwargs and len(args) == 1:
             thrice = self._again(module, (3 * args[0],), {})
             # a scale per channel triples with its input; a norm does not
-            norm = thrice is not None and float((thrice.float() - 3 * y.float()).norm()) > 1e-2 * float(y.float().norm())
+            norm = thrice is not None and float((thrice.float() - 3 * y.float()).norm()) > 1e-2 * float(
+                y.float().norm()
+            )
         leaf = Leaf(
             name=name,
             kind=self.kinds[name],
             parameters=sum(_count(p) for p in parameters),
-            shape=_weight_shape(module, weight, x, y) if linear or conv else (tuple(weight.shape) if weight is not None else None),
+            shape=_weight_shape("linear" if linear else "other", weight, x, y),
             linear=linear,
             norm=norm,
             conv=conv,
@@ -391,7 +396,9 @@ class _Tracer:
         after = self._again(module, swap(tuple(args)), {key: swap(value) for key, value in kwargs.items()})
         return after is not None and after.shape == y.shape and _touched_tokens(y, after, out_dim) > 1
 
-    def _note_unit(self, module: nn.Module, name: str, start: int, inner: list[Leaf], y: torch.Tensor, args: Any, kwargs: Any) -> None:
+    def _note_unit(
+        self, module: nn.Module, name: str, start: int, inner: list[Leaf], y: torch.Tensor, args: Any, kwargs: Any
+    ) -> None:
         if y.ndim < 3 and not any(leaf.linear for leaf in inner):
             return
         modules = {n: m for m, n in self.names.items()}
@@ -421,9 +428,9 @@ class _Tracer:
         for leaf in linears:
             after, moved = noise_on(leaf, convs)
             # tokens that meet in a convolution meet there for any linear before it; that is no attention
-            if not moved and after is not None and after.shape == y.shape:
-                if _touched_tokens(y, after, self.dims[name][1]) > 1:
-                    feeding.append(leaf.name)
+            same = not moved and after is not None and after.shape == y.shape
+            if same and after is not None and _touched_tokens(y, after, self.dims[name][1]) > 1:
+                feeding.append(leaf.name)
         if not feeding:
             return
         # a query reaches its own token only: it is known by moving what the output projection receives
@@ -476,9 +483,11 @@ def _count(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _weight_shape(module: nn.Module, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...]:
+def _weight_shape(leaf: str, weight: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...] | None:
     """The logical weight shape: of a linear (out, in) as its tensors show it, whatever packing or sharding does."""
-    if weight.ndim >= 3:
+    if weight is None:
+        return None
+    if leaf != "linear":
         return tuple(int(n) for n in getattr(weight, "ds_shape", weight.shape))
     return (y.shape[-1], x.shape[-1])
 
@@ -502,15 +511,17 @@ def _common_ancestor(names: list[str]) -> str:
 
 def _attention_output(unit: _Unit, leaves: list[Leaf]) -> Leaf | None:
     """The output projection: inside the unit the first linear after those that feed it, else the one that reads it."""
-    inside = [leaf for leaf in leaves if leaf.linear and _inside(leaf.name, unit.name) and leaf.name not in unit.feeding]
+    inside = [
+        leaf for leaf in leaves if leaf.linear and _inside(leaf.name, unit.name) and leaf.name not in unit.feeding
+    ]
     last = max((leaf.start for leaf in leaves if leaf.name in unit.feeding), default=unit.start)
     after = [leaf for leaf in inside if leaf.start > last]
     if after:
         return after[0]
     for leaf in leaves:
-        if leaf.linear and leaf.start > unit.start and not _inside(leaf.name, unit.name):
-            if abs(leaf.in_sum - unit.out_sum) <= 1e-6 * abs(unit.out_sum):
-                return leaf
+        outside = leaf.linear and leaf.start > unit.start and not _inside(leaf.name, unit.name)
+        if outside and abs(leaf.in_sum - unit.out_sum) <= 1e-6 * abs(unit.out_sum):
+            return leaf
     return None
 
 
@@ -543,7 +554,9 @@ def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
         inline = chosen == unit.name and any(leaf.linear and leaf.name not in projections for leaf in within)
         container = unit.name if inline else _common_ancestor([unit.name, *projections])
         attention = [
-            leaf for leaf in within if leaf.name in projections or (not inline and container != chosen and _inside(leaf.name, container))
+            leaf
+            for leaf in within
+            if leaf.name in projections or (not inline and container != chosen and _inside(leaf.name, container))
         ]
         blocks.append(_Block(chosen, unit, attention, [leaf for leaf in within if leaf not in attention]))
     _lend_following_mlp(blocks, leaves)
@@ -560,7 +573,11 @@ def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
         siblings = block.name.rpartition(".")[0]
         start = max(leaf.start for leaf in block.attention)
         end = min(leaf.start for leaf in following.attention + following.rest) if following else float("inf")
-        block.rest += [leaf for leaf in leaves if start < leaf.start < end and leaf not in block.rest and _inside(leaf.name, siblings)]
+        block.rest += [
+            leaf
+            for leaf in leaves
+            if start < leaf.start < end and leaf not in block.rest and _inside(leaf.name, siblings)
+        ]
 
 
 def tracer_kind(tracer: _Tracer, name: str) -> str:
@@ -636,7 +653,9 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
     for leaf in leaves:
         if leaf.block is None:
             components.append(_component(tracer, leaf.role, None, [leaf], leaf.name, [leaf.name], leaf.name))
-    digest = hashlib.sha256(repr([(leaf.role, leaf.block, leaf.shape) for leaf in leaves if leaf.role != "head"]).encode())
+    digest = hashlib.sha256(
+        repr([(leaf.role, leaf.block, leaf.shape) for leaf in leaves if leaf.role != "head"]).encode()
+    )
     return Structure(
         components=components,
         leaves={leaf.name: leaf for leaf in leaves},

@@ -11,7 +11,7 @@ import concurrent.futures
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,13 @@ class Stream:
             if isinstance(batch, torch.Tensor):
                 batch = {"pixel_values": batch if batch.ndim == 4 else batch[None]}
             if isinstance(batch, Mapping) and any(isinstance(v, torch.Tensor) and v.ndim >= 3 for v in batch.values()):
-                tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k not in ("labels", "label")}
-                if tensors.get("pixel_values", next(iter(tensors.values()))).ndim == 3 and "spatial_shapes" not in tensors:
+                tensors = {
+                    k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k not in ("labels", "label")
+                }
+                if (
+                    tensors.get("pixel_values", next(iter(tensors.values()))).ndim == 3
+                    and "spatial_shapes" not in tensors
+                ):
                     tensors = {k: v[None] for k, v in tensors.items()}
                 for index in range(len(next(iter(tensors.values())))):
                     yield {k: v[index] for k, v in tensors.items()}
@@ -117,7 +122,9 @@ def as_images(data: Any, processor: Processor | None, what: str) -> Indexed | St
     """
     if isinstance(data, torch.Tensor):
         if data.ndim < 3:
-            raise ValueError(f"{what} is a tensor of shape {tuple(data.shape)}: pass images as (n, channels, height, width).")
+            raise ValueError(
+                f"{what} is a tensor of shape {tuple(data.shape)}: pass images as (n, channels, height, width)."
+            )
         if len(data) == 0:
             raise ValueError(f"{what} holds no images: pass at least one.")
         return Indexed(data, processor, what)
@@ -147,7 +154,11 @@ def _row_to_inputs(row: Any, processor: Processor | None, what: str) -> Batch:
     value = row
     if isinstance(row, Mapping):
         if "pixel_values" in row:
-            ready = {k: torch.as_tensor(v) for k, v in row.items() if k in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+            ready = {
+                k: torch.as_tensor(v)
+                for k, v in row.items()
+                if k in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+            }
             return ready
         pictures = [v for v in row.values() if hasattr(v, "convert") and hasattr(v, "size")]
         if not pictures:
@@ -175,7 +186,9 @@ def _stack(images: list[Batch], what: str) -> Batch:
         return {key: torch.stack([image[key] for image in images]) for key in images[0]}
     except (RuntimeError, KeyError):
         shapes = sorted({tuple(next(iter(image.values())).shape) for image in images})
-        raise ValueError(f"{what} holds images of unequal shapes {shapes[:4]}: resize them to the model's input size.") from None
+        raise ValueError(
+            f"{what} holds images of unequal shapes {shapes[:4]}: resize them to the model's input size."
+        ) from None
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch | tuple[torch.Tensor, ...]:
@@ -211,7 +224,7 @@ def pair_batches(
     seed: int,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[PairBatch]:
+) -> Generator[PairBatch, None, None]:
     """Yield this process's share of every batch of pairs.
 
     The pairs are (source[i], target[i]), in a seeded random order where both can be read by index; the shorter set

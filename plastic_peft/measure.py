@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -119,7 +119,9 @@ def measure_plasticity(
             bar.set_postfix_str(f"widest interval ±{width:.1%}" if math.isfinite(width) else "")
             settled = moments.pairs() >= _LEAST_PAIRS and width < tolerance
             if settled and selection is not None:
-                settled = _selection_is_settled(_rows(plans, structure, moments, source is not None), structure, selection)
+                settled = _selection_is_settled(
+                    _rows(plans, structure, moments, source is not None), structure, selection
+                )
             if settled:
                 stopped = "settled"
                 break
@@ -131,7 +133,11 @@ def measure_plasticity(
             f"All {total} pairs have images that are equal: a rate of change needs two different images. Check that source and target differ."
         )
     missing = taps.missing()
-    kept = [row for row, plan in zip(_rows(plans, structure, moments, source is not None), plans, strict=True) if plan not in missing]
+    kept = [
+        row
+        for row, plan in zip(_rows(plans, structure, moments, source is not None), plans, strict=True)
+        if plan not in missing
+    ]
     return PlasticityReport(
         rows=tuple(kept),
         inputs=inputs,
@@ -326,11 +332,16 @@ class _Taps:
         for plan in self.plans:
             x = self.distances.get((plan.inputs, "in"))
             outputs = [self.distances.get((name, "out")) for name in plan.outputs]
-            if x is None or any(y is None for y in outputs) or plan.name in self.unfit or set(plan.outputs) & set(self.unfit):
+            if (
+                x is None
+                or any(y is None for y in outputs)
+                or plan.name in self.unfit
+                or set(plan.outputs) & set(self.unfit)
+            ):
                 pairs.append((absent, absent))
                 continue
             y = outputs[0] if len(outputs) == 1 else torch.linalg.vector_norm(torch.stack(outputs), dim=0)  # type: ignore[arg-type]
-            pairs.append((x, y))
+            pairs.append((x, cast(torch.Tensor, y)))
         device = next((x.device for x, _ in pairs if x is not absent), torch.device("cpu"))
         x = torch.stack([x.to(device) for x, _ in pairs]).cpu().double()
         y = torch.stack([y.to(device) for _, y in pairs]).cpu().double()
@@ -486,7 +497,11 @@ def _selection_is_settled(rows: list[Row], structure: Structure, options: Mappin
     toward_low = options.get("order", "highest") != "lowest"
 
     def shaken(row: Row) -> Row:
-        member = row.name in names if row.level == "module" else bool(units & {row.role, row.name}) or _holds(rows, row, names)
+        member = (
+            row.name in names
+            if row.level == "module"
+            else bool(units & {row.role, row.name}) or _holds(rows, row, names)
+        )
         end = row.ci_low if member == toward_low else row.ci_high
         scale = end / row.mean if row.mean > 0 else 1.0
         return replace(row, mean=end, shift=None if row.shift is None else row.shift * scale)
@@ -496,7 +511,10 @@ def _selection_is_settled(rows: list[Row], structure: Structure, options: Mappin
 
 
 def _holds(rows: list[Row], component: Row, names: set[str]) -> bool:
-    return any(r.level == "module" and r.component == component.name and r.role == component.role and r.name in names for r in rows)
+    return any(
+        r.level == "module" and r.component == component.name and r.role == component.role and r.name in names
+        for r in rows
+    )
 
 
 def tapped_names(model: nn.Module) -> list[str]:

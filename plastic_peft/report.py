@@ -117,7 +117,9 @@ class PlasticityReport:
         target = Path(path)
         if target.is_dir():
             target = target / REPORT_NAME
-        write_whole(target, json.dumps({"format": "plastic_peft.report", "version": FORMAT_VERSION, **asdict(self)}, indent=1))
+        write_whole(
+            target, json.dumps({"format": "plastic_peft.report", "version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        )
         return target
 
     @classmethod
@@ -145,7 +147,9 @@ class PlasticityReport:
         if not isinstance(data, dict) or data.get("format") != "plastic_peft.report":
             raise ValueError(f"{origin} is no plasticity report: it does not say format 'plastic_peft.report'.")
         if data.get("version") != FORMAT_VERSION:
-            raise ValueError(f"{origin} has format version {data.get('version')!r}; this release reads {FORMAT_VERSION}.")
+            raise ValueError(
+                f"{origin} has format version {data.get('version')!r}; this release reads {FORMAT_VERSION}."
+            )
         body = {key: value for key, value in data.items() if key not in ("format", "version")}
         rows = body.pop("rows", None)
         if not isinstance(rows, list) or not rows:
@@ -323,24 +327,33 @@ def _draw(report: PlasticityReport, depth: Axes, bars: Axes, signal: str) -> Non
         if not rows:
             continue
         values = [_signal(row, signal) for row in rows]
-        blocks = [row.block for row in rows]
+        blocks = [row.block for row in rows if row.block is not None]
         depth.plot(blocks, values, color=_COLORS[role], marker="o", markersize=3.5, label=LABELS[role])
         if signal == "plasticity":
             depth.fill_between(
-                blocks, [row.ci_low for row in rows], [row.ci_high for row in rows], color=_COLORS[role], alpha=0.2, linewidth=0
+                blocks,
+                [row.ci_low for row in rows],
+                [row.ci_high for row in rows],
+                color=_COLORS[role],
+                alpha=0.2,
+                linewidth=0,
             )
         shown.append((sum(values) / len(values), role))
     shown.sort()
     title = "upper bound" if report.inputs == "bounds" else signal
     depth.set(xlabel="block", ylabel=title, title=f"{title.capitalize()} over depth ({report.inputs} inputs)")
-    depth.xaxis.get_major_locator().set_params(integer=True)
+    depth.locator_params(axis="x", integer=True)
     depth.grid(alpha=0.25)
     if report.inputs == "bounds":
         depth.set_yscale("log")
         bars.set_xscale("log")
-    bars.barh([LABELS[role] for _, role in shown], [value for value, _ in shown], color=[_COLORS[role] for _, role in shown])
+    bars.barh(
+        [LABELS[role] for _, role in shown], [value for value, _ in shown], color=[_COLORS[role] for _, role in shown]
+    )
     for position, (value, _) in enumerate(shown):
-        bars.annotate(f"{value:.3g}", (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        bars.annotate(
+            f"{value:.3g}", (value, position), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+        )
     bars.margins(x=0.15)
     bars.tick_params(axis="y", labelsize=8)
     bars.set(title="Mean over blocks")

@@ -86,21 +86,27 @@ def check_options(
     given = {"budget": budget, "top_k": top_k, "fraction": fraction, "threshold": threshold}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} say two different things about how much to adapt: pass only one of them.")
-    for name, value, allowed in (
+        raise ValueError(
+            f"{' and '.join(named)} say two different things about how much to adapt: pass only one of them."
+        )
+    for name, choice, allowed in (
         ("granularity", granularity, GRANULARITIES),
         ("within", within, WITHIN),
         ("order", order, ORDERS),
         ("rank_allocation", rank_allocation, RANK_ALLOCATIONS),
         ("adapter", adapter, ADAPTERS),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
+        if choice not in allowed:
+            raise ValueError(f"{name}={choice!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        ):
             raise ValueError(f"{name}={value!r} is not a number: pass a finite one.")
     if budget is not None and budget <= 0:
-        raise ValueError(f"budget={budget} leaves nothing to train: pass parameters (int) or a share of the model (float).")
+        raise ValueError(
+            f"budget={budget} leaves nothing to train: pass parameters (int) or a share of the model (float)."
+        )
     if isinstance(budget, float) and budget > 1:
         raise ValueError(f"budget={budget} is a share above 1: pass an int to count parameters.")
     if top_k is not None and (top_k < 1 or int(top_k) != top_k):

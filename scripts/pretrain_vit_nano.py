@@ -33,7 +33,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass
 class Arguments:
-    train_file: str = field(metadata={"help": "Parquet file with `image` and `label` columns, the 50,000 training images."})
+    train_file: str = field(
+        metadata={"help": "Parquet file with `image` and `label` columns, the 50,000 training images."}
+    )
     test_file: str = field(metadata={"help": "Parquet file of the 10,000 test images; looked at for the log only."})
     output_dir: str = field(default="plastic_peft/assets/vit_nano", metadata={"help": "Where the model is written."})
     work_dir: str = field(default="runs/vit_nano", metadata={"help": "Where the checkpoint and the log are written."})
@@ -52,7 +54,10 @@ def read_images(path: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     data = datasets.load_dataset("parquet", data_files=path, split="train")
     names = data.features["label"].names
     raw = data.cast_column("image", datasets.Image(decode=False))
-    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in tqdm(raw["image"], desc=f"decode {path}")]
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
+        for row in tqdm(raw["image"], desc=f"decode {path}")
+    ]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.tensor(raw["label"]), names
 
 
@@ -70,7 +75,12 @@ def augment(images: torch.Tensor, generator: torch.Generator, pad: int = 4) -> t
     columns = torch.arange(width).expand(n, -1)
     columns = torch.where(flip[:, None], columns.flip(1), columns) + left[:, None]
     rows = torch.arange(height)[None] + top[:, None]
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(3)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
 
 
 @torch.no_grad()
@@ -150,7 +160,10 @@ def main() -> None:
     optimizers = [
         torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decayed),
         torch.optim.AdamW(
-            [{"params": [p for p in rest if p.ndim > 1]}, {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}],
+            [
+                {"params": [p for p in rest if p.ndim > 1]},
+                {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+            ],
             betas=(0.9, 0.95),
             **decayed,
         ),
@@ -205,9 +218,18 @@ def main() -> None:
             }
         )
         print(log[-1], flush=True)
-        record = {"arguments": asdict(args), "torch": torch.__version__, "transformers": transformers.__version__, "epochs": log}
+        record = {
+            "arguments": asdict(args),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "epochs": log,
+        }
         (work / "log.json").write_text(json.dumps(record, indent=1))
-        state = {"model": model.state_dict(), "training": [h.state_dict() for h in [*optimizers, *schedulers]], "epoch": epoch + 1}
+        state = {
+            "model": model.state_dict(),
+            "training": [h.state_dict() for h in [*optimizers, *schedulers]],
+            "epoch": epoch + 1,
+        }
         torch.save(state, work / "checkpoint.tmp")
         os.replace(work / "checkpoint.tmp", checkpoint)
 

@@ -60,10 +60,12 @@ class PlasticityConfig(LoraConfig):
     """
 
     plasticity: Optional[Union[PlasticityReport, dict[str, float], str]] = field(
-        default=None, metadata={"help": "Report, its path, or a mapping of module names to scores to select modules by."}
+        default=None,
+        metadata={"help": "Report, its path, or a mapping of module names to scores to select modules by."},
     )
     adapter: Literal["lora", "full"] = field(
-        default="lora", metadata={"help": "'lora' for low-rank adapters, 'full' to train the selected modules' own weights."}
+        default="lora",
+        metadata={"help": "'lora' for low-rank adapters, 'full' to train the selected modules' own weights."},
     )
     budget: Optional[Union[int, float]] = field(
         default=None, metadata={"help": "Trainable parameters (int), or their share of the base model (float)."}
@@ -72,16 +74,21 @@ class PlasticityConfig(LoraConfig):
     fraction: Optional[float] = field(default=None, metadata={"help": "Share of units to adapt."})
     threshold: Optional[float] = field(default=None, metadata={"help": "Score that a unit needs at least."})
     granularity: Literal["component", "block", "module"] = field(
-        default="component", metadata={"help": "Unit of selection: a role over all depths, a component of a block, a module."}
+        default="component",
+        metadata={"help": "Unit of selection: a role over all depths, a component of a block, a module."},
     )
-    within: Literal["model", "role"] = field(default="model", metadata={"help": "Rank over the model or inside each role."})
+    within: Literal["model", "role"] = field(
+        default="model", metadata={"help": "Rank over the model or inside each role."}
+    )
     signal: str = field(default="plasticity", metadata={"help": "What to rank by: 'plasticity' or 'shift'."})
-    order: Literal["highest", "lowest", "random"] = field(default="highest", metadata={"help": "Which units to adapt first."})
+    order: Literal["highest", "lowest", "random"] = field(
+        default="highest", metadata={"help": "Which units to adapt first."}
+    )
     rank_allocation: Literal["uniform", "proportional"] = field(
         default="uniform", metadata={"help": "The same rank everywhere, or ranks in proportion to the scores."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of order='random'."})
-    modules_to_save: Optional[Union[list[str], str]] = field(
+    modules_to_save: Optional[Union[list[str], str]] = field(  # type: ignore[assignment]
         default="auto",
         metadata={"help": "Modules trained in full and saved with the adapter; 'auto' finds the classification head."},
     )
@@ -128,11 +135,24 @@ class PlasticityConfig(LoraConfig):
 
     def selection_options(self) -> dict[str, Any]:
         """The options of `PlasticityReport.select` that this config states."""
-        names = ("budget", "top_k", "fraction", "threshold", "granularity", "within", "signal", "order", "rank_allocation")
+        names = (
+            "budget",
+            "top_k",
+            "fraction",
+            "threshold",
+            "granularity",
+            "within",
+            "signal",
+            "order",
+            "rank_allocation",
+        )
         return {name: getattr(self, name) for name in (*names, "adapter", "r", "seed")}
 
     def to_dict(self) -> dict[str, Any]:
-        held, self.plasticity = self.plasticity, None if isinstance(self.plasticity, PlasticityReport) else self.plasticity
+        held, self.plasticity = (
+            self.plasticity,
+            None if isinstance(self.plasticity, PlasticityReport) else self.plasticity,
+        )
         try:
             return super().to_dict()
         finally:
@@ -146,11 +166,15 @@ class PlasticityConfig(LoraConfig):
 
 def _checked_scores(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
-        raise TypeError(f"{name} is a {type(value).__name__}: pass a PlasticityReport, its path, or a dict of module names to scores.")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}: pass a PlasticityReport, its path, or a dict of module names to scores."
+        )
     if not value or len(value) > MAX_NAMES:
         raise ValueError(f"{name} names {len(value):,} modules: pass between 1 and {MAX_NAMES:,}.")
     for module, score in value.items():
         numeric = isinstance(score, (int, float)) and not isinstance(score, bool)
         if not isinstance(module, str) or not numeric or not math.isfinite(score):
-            raise ValueError(f"{name} gives {str(module)[:80]!r} the score {str(score)[:80]!r}: module names need finite scores.")
+            raise ValueError(
+                f"{name} gives {str(module)[:80]!r} the score {str(score)[:80]!r}: module names need finite scores."
+            )
     return {module: float(score) for module, score in value.items()}

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.func import functional_call
 
@@ -29,7 +29,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._originals: dict[str, torch.Tensor] = {}
         self._active_adapter = adapter_name
-        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.in_features = getattr(base_layer, "in_features", None)
+        self.out_features = getattr(base_layer, "out_features", None)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PlasticityConfig) -> None:
@@ -47,7 +48,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
                 copy += 0.1 * torch.randn_like(copy)
             copies[name.replace(".", "__")] = nn.Parameter(copy)
         if not copies:
-            raise TypeError(f'adapter="full" has nothing to train in {type(self.base_layer).__name__}: it holds no parameters.')
+            raise TypeError(
+                f'adapter="full" has nothing to train in {type(self.base_layer).__name__}: it holds no parameters.'
+            )
         self.lora_full[adapter_name] = nn.ParameterDict(copies)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -57,7 +60,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def _weights(self, adapters: list[str], originals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights that the named adapters give, by parameter name of the base module, in its dtype."""
-        held = [self.lora_full[name] for name in adapters if name in self.lora_full]
+        held: list[Any] = [self.lora_full[name] for name in adapters if name in self.lora_full]
         weights = {}
         for name, original in originals.items() if held else ():
             first, *others = [copy[name.replace(".", "__")] for copy in held]
@@ -93,7 +96,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             merged = self._weights(self.merged_adapters + adapters, originals)
         if safe_merge and not all(torch.isfinite(weight).all() for weight in merged.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
+            )
         for name, weight in merged.items():
             parameters[name].data = weight.detach().clone()
         self._originals = originals
@@ -110,7 +115,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base module's `weight`, in its shape."""
         original = self._originals.get("weight", self.get_base_layer().weight)
-        return (self.lora_full[adapter]["weight"].to(original.dtype) - original).detach()
+        held: Any = self.lora_full[adapter]
+        return (held["weight"].to(original.dtype) - original).detach()
 
     def __repr__(self) -> str:
         return "plasticity." + super().__repr__()

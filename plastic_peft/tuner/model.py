@@ -3,9 +3,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Iterator, Optional
+from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -41,10 +42,10 @@ class PlasticityModel(LoraModel):
         `torch.nn.Module`: The model with adapters.
     """
 
-    tuner_layer_cls = (LoraLayer, FullLayer)
+    tuner_layer_cls = (LoraLayer, FullLayer)  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if not isinstance(config, PlasticityConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
@@ -70,7 +71,7 @@ class PlasticityModel(LoraModel):
                     "adapter='full': select other modules, or load the second adapter on a fresh model."
                 )
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: Any,
         adapter_name: str,
@@ -99,7 +100,11 @@ class PlasticityModel(LoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        full = [n for n in set(names or ()) if n in self.peft_config and getattr(self.peft_config[n], "adapter", "lora") == "full"]
+        full = [
+            n
+            for n in set(names or ())
+            if n in self.peft_config and getattr(self.peft_config[n], "adapter", "lora") == "full"
+        ]
         if full:
             raise ValueError(
                 f"adapter_names mixes adapters inside a batch, which adapter='full' ({', '.join(sorted(full))}) cannot: its weights "
@@ -128,7 +133,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     structure: Structure | None = None
     if config.selected_modules is not None:
         _check_names(config.selected_modules, modules, "selected_modules")
-        config.target_modules = set(config.selected_modules)
+        config.target_modules = set(config.selected_modules)  # type: ignore[assignment]
     elif config.target_modules is None and not config.target_parameters:
         report, structure = _report_for(config, model, modules)
         if isinstance(report, PlasticityReport):
@@ -150,13 +155,13 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
 
 def _apply(config: PlasticityConfig, selection: Selection) -> None:
     config.selected_modules = dict(selection.scores)
-    config.target_modules = set(selection.scores)
+    config.target_modules = set(selection.scores)  # type: ignore[assignment]
     changed = {name: rank for name, rank in selection.ranks.items() if rank != config.r}
     if changed:
-        config.rank_pattern = {**changed, **config.rank_pattern}
+        config.rank_pattern = {**changed, **(config.rank_pattern or {})}
         scaling = math.sqrt if config.use_rslora else float
         alphas = {name: config.lora_alpha * scaling(rank) / scaling(config.r) for name, rank in changed.items()}
-        config.alpha_pattern = {**alphas, **config.alpha_pattern}
+        config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
 
 
 def _report_for(
@@ -195,7 +200,9 @@ def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
     )
 
 
-def _fitted(report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Module]) -> tuple[PlasticityReport, Structure | None]:
+def _fitted(
+    report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Module]
+) -> tuple[PlasticityReport, Structure | None]:
     """The report in this model's names: as it is, or translated where the same architecture is named otherwise."""
     rows = [row for row in report.select_rows("module") if row.role in BLOCK_ROLES]
     odd = next((row for row in rows if not _fits(row, modules.get(row.name))), None)
@@ -203,7 +210,9 @@ def _fitted(report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Mo
         return report, None
     structure = trace(model)
     if structure.fingerprint != report.fingerprint:
-        what = "is not in this model" if odd.name not in modules else f"has another shape than {odd.shape} in this model"
+        what = (
+            "is not in this model" if odd.name not in modules else f"has another shape than {odd.shape} in this model"
+        )
         raise ValueError(
             f"The report describes another architecture ({report.base_model}, fingerprint {report.fingerprint}; this model has "
             f"{structure.fingerprint}): {odd.name} {what}.{nearest(odd.name, modules) if odd.name not in modules else ''} "
@@ -222,7 +231,9 @@ def _fitted(report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Mo
 
     def renamed(row: Row) -> Row:
         component = parts.get((row.component, row.role), row.component)
-        return replace(row, name=component if row.level == "component" else names.get(row.name, row.name), component=component)
+        return replace(
+            row, name=component if row.level == "component" else names.get(row.name, row.name), component=component
+        )
 
     kept = [row for row in report.rows if row.role in BLOCK_ROLES]
     return replace(report, rows=tuple(renamed(row) for row in kept)), structure
@@ -256,7 +267,9 @@ def _allowed(config: PlasticityConfig, candidates: list[Candidate]) -> list[Cand
         probe = LoraMatch(config.exclude_modules)
         candidates = [c for c in candidates if not probe.matches(c.name)]
     if not candidates:
-        raise ValueError("exclude_modules and layers_to_transform leave no measured module to select from: loosen them.")
+        raise ValueError(
+            "exclude_modules and layers_to_transform leave no measured module to select from: loosen them."
+        )
     return candidates
 
 

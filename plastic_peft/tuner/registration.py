@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.utils import PeftType, register_peft_method
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
@@ -16,7 +18,7 @@ def add_peft_type() -> PeftType:
     """
     if NAME in PeftType.__members__:
         return PeftType(NAME)
-    member = str.__new__(PeftType, NAME)
+    member: Any = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
     member.__objclass__ = PeftType
