@@ -55,7 +55,7 @@ class PlasticityModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if selected is not None:
             # peft shortens long lists to common suffixes; what is saved stays exact
-            config.target_modules = selected
+            config.target_modules = selected  # type: ignore[assignment]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
