@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -231,8 +232,10 @@ def _three_images(model: nn.Module, example: Any) -> dict[str, Any] | tuple[Any,
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             return value
         a, b = value[:1], value[1:2]
-        if len(b) == 0:
-            b = a.flip(-1) + 0.5 if a.is_floating_point() else a
+        if a.is_floating_point() and (len(b) == 0 or torch.equal(a, b)):
+            b = a.flip(-1) + 0.5
+        elif len(b) == 0:
+            b = a
         return torch.cat([a, b, b]).to(device)
 
     if isinstance(example, Mapping):
@@ -241,6 +244,10 @@ def _three_images(model: nn.Module, example: Any) -> dict[str, Any] | tuple[Any,
 
 
 # --- the trace ---------------------------------------------------------------------------------------------------------
+
+
+class NotFiniteError(ValueError):
+    """A module's output holds NaN or infinity."""
 
 
 @dataclass
@@ -327,6 +334,10 @@ class _Tracer:
         x, y = first_tensor(args, kwargs), first_tensor(output)
         if x is None or y is None or name in self.dims:
             return
+        if not torch.isfinite(y).all():
+            raise NotFiniteError(
+                f"{name} puts out NaN or infinity{' from finite input' if torch.isfinite(x).all() else ''}"
+            )
         in_dim, out_dim = _image_dim(x), _image_dim(y)
         if in_dim is None or out_dim is None:
             return
@@ -567,7 +578,7 @@ def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
 
 def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
     """Where attention and MLP are siblings in one flat list, an MLP belongs to the attention before it."""
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in zip_longest(blocks, blocks[1:]):
         if any(leaf.linear for leaf in block.rest) or "." not in block.name:
             continue
         siblings = block.name.rpartition(".")[0]

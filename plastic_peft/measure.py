@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .components import (
     Component,
+    NotFiniteError,
     Structure,
     call,
     first_tensor,
@@ -182,8 +183,10 @@ def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], numbe
     """Turn what a model says about unfit images into an error that names batch and shape."""
     try:
         yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error} on the first images. {_precision_advice(model)}") from None
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        if isinstance(error, _Finding) or "transformer blocks found" in str(error):
+        if "transformer blocks found" in str(error):
             raise
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
         where = "the first images" if number is None else f"batch {number}"
@@ -192,8 +195,9 @@ def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], numbe
         ) from error
 
 
-class _Finding(ValueError):
-    """A finding about the measured values, which needs no further explanation."""
+def _precision_advice(model: nn.Module) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return f"The model is in {dtype}: check the images and weights; if the values overflow, measure in bfloat16 or float32."
 
 
 # --- rows and taps -----------------------------------------------------------------------------------------------------
@@ -438,11 +442,10 @@ class Moments:
     def check(self, names: list[str], number: int, batch: PairBatch, model: nn.Module) -> None:
         bad = self.sums[:, :, 3].sum(dim=1).nonzero().flatten().tolist()
         if bad:
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             more = f" and {len(bad) - 1} further ones" if len(bad) > 1 else ""
-            raise _Finding(
-                f"{names[bad[0]]}{more} put out NaN or infinity in batch {number} (pairs {batch.first} to {batch.last - 1}), the model being "
-                f"in {dtype}. Check the images of this batch; if the values overflow, measure in bfloat16 or float32."
+            raise NotFiniteError(
+                f"{names[bad[0]]}{more} put out NaN or infinity in batch {number} (pairs {batch.first} to {batch.last - 1}). "
+                f"{_precision_advice(model)}"
             )
 
 

@@ -1,0 +1,336 @@
+"""Upper bounds of the rates of change, from the weights alone.
+
+Source: arXiv 2602.06883, section on theory. For attention (after Castin et al. 2024) with n tokens of norm at most r:
+`sum_h ||O_h|| ||V_h|| sqrt(3n + (12n + 3) r^4 ||A_h||^2)`, with `A_h = Q_h^T K_h / sqrt(d_h)` and spectral norms
+throughout. An `nn.Linear` stores (out, in), so a head is a block of rows of the q, k and v weights and a block of columns
+of the output weight. (The paper's reference code cuts q, k and v along columns instead, which mixes heads.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .components import (
+    BLOCK_ROLES,
+    Component,
+    Structure,
+    base_weight,
+    call,
+    first_tensor,
+    kind_of,
+    named_leaves,
+    quiet,
+    synthetic_images,
+    trace,
+    unwrap,
+)
+from .images import model_inputs
+from .measure import library_versions
+from .report import PlasticityReport, Row
+
+
+def plasticity_bounds(
+    model: nn.Module, *, radius: float | None = None, tokens: int | None = None, images: torch.Tensor | None = None
+) -> PlasticityReport:
+    """Bound the plasticity of every component from its weights.
+
+    A norm is bounded by its largest absolute scale, for tokens whose standard deviation is at least 1; a linear layer by
+    its spectral norm; attention as the module says, for tokens no longer than `radius`. Relative position terms, where a
+    model has them, are not part of the attention bound.
+
+    Args:
+        model: A vision transformer.
+        radius: Largest token norm that reaches the attention. By default the largest one that each attention really
+            receives from `images`.
+        tokens: Number of tokens n in one attention; by default as traced.
+        images: Pixel values (n, channels, height, width) to take radius and tokens from; random ones by default.
+
+    Returns:
+        A report whose `mean` is the bound, with `inputs="bounds"`; components without a known bound are in its notes.
+
+    Raises:
+        ValueError: If the model's structure cannot be read.
+    """
+    core = unwrap(model)
+    pixels = synthetic_images(core, 2) if images is None else images
+    structure = trace(core, model_inputs(core, {"pixel_values": pixels[:2]}))
+    modules = {name: module for name, module, _ in named_leaves(core)}
+    attentions = {c.name: c for c in structure.components if c.role == "attention"}
+    probe = _AttentionProbe(modules, structure, attentions)
+    with quiet(core), probe.attached():
+        device = next(p.device for p in core.parameters())
+        for part in pixels.split(32):
+            call(core, model_inputs(core, {"pixel_values": part.to(device)}))
+
+    rows, notes = [], []
+    for component in structure.components:
+        if component.role not in BLOCK_ROLES:
+            continue
+        bound = None
+        if component.role == "attention":
+            heads = probe.heads.get(component.name)
+            if heads is not None:
+                r = probe.radius[component.name] if radius is None else radius
+                bound = attention_bound(*heads, n=tokens or probe.tokens[component.name], r=r)
+        else:
+            bound = _weight_bound([modules[name] for name in component.outputs])
+        if bound is None:
+            notes.append(f"component {component.name} has no row: no bound is known for its structure")
+        else:
+            rows.append(_row(component, structure, None, bound))
+        for name in component.modules:
+            bound = _weight_bound([modules[name]])
+            if bound is not None:
+                rows.append(_row(component, structure, name, bound))
+    return PlasticityReport(
+        rows=tuple(rows),
+        inputs="bounds",
+        pairs=0,
+        dropped=0,
+        stopped="bounds need no pairs",
+        confidence=1.0,
+        tolerance=0.0,
+        seed=0,
+        max_pairs=0,
+        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or type(core).__name__,
+        base_parameters=structure.parameters,
+        fingerprint=structure.fingerprint,
+        versions=library_versions(),
+        notes=tuple(notes),
+    )
+
+
+def spectral_norm(weight: torch.Tensor, *, tolerance: float = 1e-4, steps: int = 200) -> float:
+    """Largest singular value of a matrix by Lanczos on its Gram matrix, without a full SVD.
+
+    Stops when the value has grown by less than `tolerance` (relative) over four steps; far below 1 % off in practice.
+    """
+    matrix = weight.detach().flatten(1).float()
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    width = matrix.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(width, generator=generator).to(matrix)
+    v = v / v.norm()
+    basis = [v]
+    diagonal: list[float] = []
+    off: list[float] = []
+    history: list[float] = []
+    for _ in range(min(steps, width)):
+        w = matrix.T @ (matrix @ basis[-1])
+        diagonal.append(float(w @ basis[-1]))
+        known = torch.stack(basis)
+        # twice is enough to keep the basis orthogonal in float32
+        for _ in range(2):
+            w = w - known.T @ (known @ w)
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        if off:
+            side = torch.tensor(off, dtype=torch.float64)
+            tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
+        history.append(float(torch.linalg.eigvalsh(tridiagonal)[-1]))
+        length = float(w.norm())
+        if length <= 1e-7 * max(history[-1], 1e-30):
+            break
+        if len(history) > 4 and history[-1] - history[-5] <= 2 * tolerance * history[-1]:
+            break
+        off.append(length)
+        basis.append(w / length)
+    return math.sqrt(max(history[-1], 0.0))
+
+
+def attention_bound(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, head_dim: int, *, n: int, r: float
+) -> float:
+    """The attention bound from weights stored as (out, in); fewer k and v heads than q heads are shared in order.
+
+    Args:
+        q, k, v, o: Projection weights: q (heads · head_dim, d), k and v (kv_heads · head_dim, d), o (d, heads · head_dim).
+        head_dim: Rows of one head.
+        n: Number of tokens.
+        r: Largest token norm.
+    """
+    q, k, v, o = (weight.detach().double() for weight in (q, k, v, o))
+    heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
+    shared = torch.arange(heads, device=q.device) // (heads // kv_heads)
+    q_h = q.view(heads, head_dim, -1)
+    k_h = k.view(kv_heads, head_dim, -1)
+    v_h = v.view(kv_heads, head_dim, -1)
+    o_h = o.view(o.shape[0], heads, head_dim).permute(1, 2, 0)
+    # ||Q^T K|| = ||R_q R_k^T|| with the triangular factors of Q^T and K^T, which are only head_dim wide
+    r_q = torch.linalg.qr(q_h.mT, mode="r").R
+    r_k = torch.linalg.qr(k_h.mT, mode="r").R[shared]
+    a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
+    v_norm = torch.linalg.eigvalsh(v_h @ v_h.mT)[:, -1].clamp(min=0).sqrt()[shared]
+    o_norm = torch.linalg.eigvalsh(o_h @ o_h.mT)[:, -1].clamp(min=0).sqrt()
+    return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * r**4 * a**2)).sum())
+
+
+def _weight_bound(modules: list[nn.Module]) -> float | None:
+    """Largest absolute scale of a norm, spectral norm of linears whose outputs lie side by side, `None` for others."""
+    weights = [base_weight(module) for module in modules]
+    if any(w is None or not w.is_floating_point() or w.numel() == 0 for w in weights):
+        return None
+    known = [_whole(w) for w in weights if w is not None]
+    if all(w.ndim == 1 for w in known):
+        return float(max(w.detach().abs().max() for w in known))
+    if all(w.ndim == 2 for w in known):
+        stacked = torch.cat([w.T if kind_of(m) == "Conv1D" else w for w, m in zip(known, modules, strict=True)])
+        return spectral_norm(stacked)
+    return None
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that FSDP has spread over processes, put together; others as they are."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def _row(component: Component, structure: Structure, name: str | None, bound: float) -> Row:
+    leaf = structure.leaves[name] if name else None
+    return Row(
+        name=name or component.name,
+        level="module" if name else "component",
+        role=component.role,
+        block=component.block,
+        kind=leaf.kind if leaf else component.kind,
+        component=component.name,
+        parameters=leaf.parameters if leaf else component.parameters,
+        shape=leaf.shape if leaf else None,
+        mean=bound,
+        std=0.0,
+        pairs=0,
+        ci_low=bound,
+        ci_high=bound,
+    )
+
+
+@dataclass
+class _Probe:
+    """Noise or a factor on some output features of one linear."""
+
+    rows: slice
+    factor: float
+    noise: float
+
+
+class _AttentionProbe:
+    """Finds, by behaviour, which weights are v, how wide a head is, and how long tokens are.
+
+    Doubling v's output doubles what the output projection receives; nothing else does. Noise on one feature of q moves
+    the features of one head. q and k need not be told apart: swapping them leaves `||Q^T K||` as it is, except with
+    grouped heads, where k is the narrower one.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], structure: Structure, attentions: dict[str, Component]) -> None:
+        self.modules, self.structure, self.attentions = modules, structure, attentions
+        self.heads: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]] = {}
+        self.radius: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.probing = False
+
+    def attached(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for name, component in self.attentions.items():
+            module = self.modules.get(component.inputs)
+            if module is not None:
+                handle = module.register_forward_hook(self._hook(name, component), with_kwargs=True)
+                stack.callback(handle.remove)
+        return stack
+
+    def _hook(self, name: str, component: Component) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.probing:
+                return
+            x = first_tensor(args, kwargs)
+            if x is None:
+                return
+            norms = float(x.float().norm(dim=-1).max())
+            self.radius[name] = max(norms, self.radius.get(name, 0.0))
+            dim = self.structure.dims[component.inputs][0]
+            self.tokens[name] = int(x.shape[1 - dim] if x.ndim == 3 else x[0].numel() // x.shape[-1])
+            if name not in self.heads and component.inputs == component.outputs[0]:
+                self.probing = True
+                try:
+                    found = self._heads(component, module, args, kwargs)
+                finally:
+                    self.probing = False
+                if found is not None:
+                    self.heads[name] = found
+
+        return hook
+
+    def _heads(self, component: Component, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            q, k, v = _whole(module.in_proj_weight).chunk(3)
+            return q, k, v, _whole(module.out_proj.weight), module.head_dim
+        linears = [name for name in component.modules if self.structure.leaves[name].linear]
+        *feeding, out = linears
+        weights = {name: base_weight(self.modules[name]) for name in linears}
+        # a norm or convolution inside the attention is outside the theorem
+        if (
+            not feeding
+            or len(linears) != len(component.modules)
+            or any(w is None or not w.is_floating_point() or w.ndim != 2 for w in weights.values())
+        ):
+            return None
+        parts: list[tuple[str, slice]] = []
+        for name in feeding:
+            rows = self.structure.leaves[name].out_width
+            thirds = 3 if len(feeding) == 1 and rows % 3 == 0 else 1
+            parts += [(name, slice(i * rows // thirds, (i + 1) * rows // thirds)) for i in range(thirds)]
+        if len(parts) != 3:
+            return None
+        plain = self._received(module, args, kwargs, out, None, None)
+        if plain is None:
+            return None
+        values = []
+        for name, rows in parts:
+            doubled = self._received(module, args, kwargs, out, name, _Probe(rows, 2.0, 0.0))
+            if doubled is not None and torch.allclose(
+                doubled, 2 * plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max())
+            ):
+                values.append((name, rows))
+        if len(values) != 1:
+            return None
+        q, k = (part for part in parts if part != values[0])
+        if q[1].stop - q[1].start < k[1].stop - k[1].start:
+            q, k = k, q
+        noisy = self._received(module, args, kwargs, out, q[0], _Probe(slice(q[1].start, q[1].start + 1), 1.0, 1.0))
+        if noisy is None:
+            return None
+        change = (noisy - plain).abs().flatten(0, -2).amax(dim=0)
+        head_dim = int((change > 1e-6 * change.max()).sum())
+        part_weights = [_whole(weights[name])[rows] for name, rows in (q, k, values[0])]  # type: ignore[arg-type]
+        if head_dim == 0 or any(w.shape[0] % head_dim for w in part_weights):
+            return None
+        return (*part_weights, _whole(weights[out]), head_dim)  # type: ignore[arg-type]
+
+    def _received(
+        self, module: nn.Module, args: Any, kwargs: Any, out: str, name: str | None, probe: _Probe | None
+    ) -> Any:
+        """What the output projection receives when `probe` changes the output of linear `name`."""
+        seen: list[torch.Tensor] = []
+
+        def change(_: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            changed = output.clone()
+            part = changed[..., probe.rows]  # type: ignore[union-attr]
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(part.shape, generator=generator).to(part)
+            scale = probe.noise * (part.abs().max() + 1)  # type: ignore[union-attr]
+            changed[..., probe.rows] = probe.factor * part + scale * noise  # type: ignore[union-attr]
+            return changed
+
+        handles = [self.modules[out].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].float()))]
+        if name is not None:
+            handles.append(self.modules[name].register_forward_hook(change))
+        try:
+            module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0] if seen else None
