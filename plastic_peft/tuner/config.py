@@ -54,6 +54,12 @@ class PlasticityConfig(LoraConfig):
         selected_modules (`dict[str, float]`, *optional*):
             Exact names and scores of the adapted modules. Filled in when the selection is settled, and saved with it, so
             that loading neither measures again nor adapts anything else.
+        labels (`list[str]`, *optional*):
+            Label names in the order of the head's outputs. Filled in from the model's config and saved, so that loading
+            restores the head's size and names.
+        checkpoint_names (`dict[str, str]`, *optional*):
+            Module names to names in the base model's checkpoint files where they differ, `*` standing for block
+            numbers. Filled in and saved, so that releases of transformers with other module names find the modules.
 
     Raises:
         ValueError: If options contradict each other or have no such value; the message names them.
@@ -94,6 +100,13 @@ class PlasticityConfig(LoraConfig):
     )
     selected_modules: Optional[dict[str, float]] = field(
         default=None, metadata={"help": "Exact names and scores of the adapted modules, filled in by the selection."}
+    )
+    labels: Optional[list[str]] = field(
+        default=None, metadata={"help": "Label names in the order of the head's outputs, filled in from the model."}
+    )
+    checkpoint_names: Optional[dict[str, str]] = field(
+        default=None,
+        metadata={"help": "Module names to names in the base model's checkpoint files where they differ, filled in."},
     )
 
     def __post_init__(self) -> None:

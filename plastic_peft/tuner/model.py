@@ -12,10 +12,12 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, trace
 from ..measure import measure_on_synthetic_images
+from ..names import checkpoint_names, compact, elsewhere, renamed_keys, renamings
 from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
 from ..selection import Candidate, Selection, select
 from .config import PlasticityConfig
@@ -97,6 +99,16 @@ class PlasticityModel(LoraModel):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+        keys = renamed_keys(state_dict, base, getattr(config, "checkpoint_names", None))
+        state_dict = {keys[key]: tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
@@ -131,6 +143,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     """
     modules = {name: module for name, module, _ in named_leaves(model)}
     structure: Structure | None = None
+    adopt_names(config, model)
     if config.selected_modules is not None:
         _check_names(config.selected_modules, modules, "selected_modules")
         config.target_modules = set(config.selected_modules)  # type: ignore[assignment]
@@ -151,6 +164,49 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         config.modules_to_save = _head(config, model, modules, structure) or None
         if config.modules_to_save:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(config.modules_to_save))
+
+
+def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
+    """Put the module names of `config` into this model's names where another release of transformers chose them."""
+    given: Any = config.target_modules
+    patterns: list[dict[str, Any]] = [config.rank_pattern or {}, config.alpha_pattern or {}]
+    exact = config.selected_modules or (() if isinstance(given, str) else given) or ()
+    names = renamings(
+        [*exact, *patterns[0], *patterns[1], *(config.modules_to_save or ())], model, config.checkpoint_names
+    )
+    if names:
+        if config.selected_modules is not None:
+            config.selected_modules = {names.get(name, name): score for name, score in config.selected_modules.items()}
+        if given is not None and not isinstance(given, str):
+            config.target_modules = {names.get(name, name) for name in given}  # type: ignore[assignment]
+        config.rank_pattern, config.alpha_pattern = (
+            {names.get(name, name): value for name, value in pattern.items()} for pattern in patterns
+        )
+        if config.modules_to_save:
+            config.modules_to_save = [names.get(name, name) for name in config.modules_to_save]
+    elif given and given != "all-linear" and config.selected_modules is None:
+        _adopt_patterns(config, model)
+    config.checkpoint_names = compact(checkpoint_names(model)) or None
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if config.labels is None and labels:
+        config.labels = [str(labels[index]) for index in sorted(labels)]
+
+
+def _adopt_patterns(config: PlasticityConfig, model: nn.Module) -> None:
+    """Where suffixes or a regular expression match no module here but do in another release's names, follow those."""
+    probe = LoraMatch(config.target_modules)
+    known = [name for name, _, _ in named_leaves(model)]
+    if any(probe.matches(name) for name in known):
+        return
+    others = elsewhere(model, config.checkpoint_names)
+    found = {name: other for name, other in others.items() if probe.matches(other)}
+    if not found:
+        return
+    config.target_modules = set(found)  # type: ignore[assignment]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        values = getattr(config, pattern) or {}
+        keys = {name: get_pattern_key(list(values), other) for name, other in found.items()}
+        setattr(config, pattern, {name: values[key] for name, key in keys.items() if key in values})
 
 
 def _apply(config: PlasticityConfig, selection: Selection) -> None:
@@ -204,6 +260,7 @@ def _fitted(
     report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[PlasticityReport, Structure | None]:
     """The report in this model's names: as it is, or translated where the same architecture is named otherwise."""
+    report = in_names_of(report, model)
     rows = [row for row in report.select_rows("module") if row.role in BLOCK_ROLES]
     odd = next((row for row in rows if not _fits(row, modules.get(row.name))), None)
     if odd is None:
@@ -237,6 +294,20 @@ def _fitted(
 
     kept = [row for row in report.rows if row.role in BLOCK_ROLES]
     return replace(report, rows=tuple(renamed(row) for row in kept)), structure
+
+
+def in_names_of(report: PlasticityReport, model: nn.Module, recorded: dict[str, str] | None = None) -> PlasticityReport:
+    """The report with the names that this model has for modules which another release of transformers named."""
+    names = renamings((name for row in report.rows for name in (row.name, row.component)), model, recorded)
+    if not names:
+        return report
+    return replace(
+        report,
+        rows=tuple(
+            replace(row, name=names.get(row.name, row.name), component=names.get(row.component, row.component))
+            for row in report.rows
+        ),
+    )
 
 
 def _fits(row: Row, module: nn.Module | None) -> bool:
