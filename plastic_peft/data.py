@@ -87,7 +87,9 @@ def load_images(
             raise ValueError(f"{split}_share={share} must lie between 0 and 1.")
     given = {"train": train, "validation": validation, "test": test}
     if (name is None) == (train is None):
-        raise ValueError("Say which images to load: either name (a data set or folder), or train (and validation, test).")
+        raise ValueError(
+            "Say which images to load: either name (a data set or folder), or train (and validation, test)."
+        )
     if name is not None:
         splits = _load(name, config, load_options)
     else:
@@ -147,6 +149,9 @@ def _load(name: str | os.PathLike[str], config: str | None, options: dict[str, A
     try:
         if path.is_dir() and _is_saved(path):
             loaded = datasets.load_from_disk(str(path))
+        elif path.is_dir() and not any(file.suffix.lower() in _FILES for file in path.rglob("*")):
+            # the library drops the label of a folder with a single class unless told not to
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
         elif path.is_dir():
             loaded = datasets.load_dataset(str(path), config)
         elif path.is_file():
@@ -226,7 +231,9 @@ def find_image_column(data: datasets.Dataset) -> str:
         ValueError: If there is none or more than one.
     """
     typed = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    texts = [name for name, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    texts = [
+        name for name, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     found = typed or [name for name in texts if name.lower() in _IMAGE_NAMES][:1]
     if len(found) != 1:
         raise ValueError(
@@ -271,7 +278,9 @@ def _named_columns(data: datasets.Dataset, split: str, image_column: str, label_
             )
     kept = [column for column in (image_column, label_column) if column in data.column_names]
     data = _as_image_column(data.select_columns(kept), image_column)
-    renamed = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old in kept and old != new}
+    renamed = {
+        old: new for old, new in ((image_column, "image"), (label_column, "label")) if old in kept and old != new
+    }
     return data.rename_columns(renamed) if renamed else data
 
 
@@ -296,10 +305,14 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
     for split, column in values.items():
         odd = next((v for v in column if not isinstance(v, (str, int)) or isinstance(v, bool)), None)
         if odd is not None:
-            raise ValueError(f"The {split} split has the label {str(odd)[:60]!r}: labels must be names or whole numbers.")
+            raise ValueError(
+                f"The {split} split has the label {str(odd)[:60]!r}: labels must be names or whole numbers."
+            )
         new = set(column) - set(known)
         if new and known and split != "train":
-            raise ValueError(f"The {split} split has the class {sorted(map(str, new))[0]!r}, which the training images lack.")
+            raise ValueError(
+                f"The {split} split has the class {sorted(map(str, new))[0]!r}, which the training images lack."
+            )
         known += sorted(new, key=lambda v: (isinstance(v, str), v))
     place = {name: index for index, name in enumerate(known)}
     label = datasets.ClassLabel(names=[str(name) for name in known])
@@ -366,7 +379,7 @@ def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> dataset
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(fault, range(len(raw)), chunksize=64))
+        faults = list(pool.map(fault, range(len(raw))))
     bad = [name for name in faults if name is not None]
     if not bad:
         return data
@@ -535,7 +548,9 @@ def output_size(processor: Any) -> tuple[int, int]:
 def resize_to(processor: Any, size: int) -> None:
     """Make an image processor put out images of `size` x `size` pixels."""
     current = processor.size
-    processor.size = type(current)(**{key: size for key in dict(current)}) if "height" in current else {"height": size, "width": size}
+    processor.size = (
+        type(current)(**dict.fromkeys(dict(current), size)) if "height" in current else {"height": size, "width": size}
+    )
     if getattr(processor, "crop_size", None):
         processor.crop_size = {"height": size, "width": size}
 

@@ -1,0 +1,277 @@
+"""Loading images from every kind of source, splits, odd image modes and augmentation."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from plastic_peft.data import (
+    ImageTransform,
+    accept_image_size,
+    as_rgb,
+    class_counts,
+    collate,
+    load_images,
+    load_unlabelled,
+    resize_to,
+    stratified_cut,
+    transform_of,
+    with_pixels,
+)
+from plastic_peft.metrics import load_metric
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def image_folder(root, counts: dict[str, int]):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            picture(i).save(root / name / f"{i}.png")
+    return root
+
+
+def image_set(count: int = 20) -> datasets.Dataset:
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    rows = {"image": [picture(i) for i in range(count)], "label": [i % 2 for i in range(count)]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_digits_need_nothing_and_are_cut_by_class():
+    """The built-in digits are what works without a network; a class missing from a split would spoil every figure."""
+    data = load_images("digits", validation_share=0.1, test_share=0.2)
+    assert [len(data[s]) for s in ("train", "validation", "test")] == pytest.approx([1258, 180, 359], abs=8)
+    assert sum(len(split) for split in data.values()) == 1797
+    for split in data.values():
+        counts = class_counts(split)
+        assert list(counts) == [str(i) for i in range(10)]
+        assert max(counts.values()) - min(counts.values()) <= 8
+    again = load_images("digits", validation_share=0.1, test_share=0.2)
+    other = load_images("digits", validation_share=0.1, test_share=0.2, seed=1)
+    assert again["test"]["label"][:] == data["test"]["label"][:]
+    assert [np.asarray(i).sum() for i in other["test"]["image"][:50]] != [
+        np.asarray(i).sum() for i in data["test"]["image"][:50]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "split folder", "parquet", "csv", "save_to_disk", "jsonl"])
+def test_every_kind_of_source_gives_the_same_columns(kind, tmp_path):
+    """Users keep images in all of these forms; each must arrive as image and label with readable class names."""
+    if kind == "folder":
+        source = image_folder(tmp_path / "images", {"cat": 10, "dog": 10})
+    elif kind == "split folder":
+        source = tmp_path / "images"
+        image_folder(source / "train", {"cat": 8, "dog": 8})
+        image_folder(source / "test", {"cat": 2, "dog": 2})
+    elif kind == "parquet":
+        source = tmp_path / "images.parquet"
+        image_set().rename_columns({"image": "img", "label": "labels"}).to_parquet(source)
+    elif kind == "save_to_disk":
+        source = tmp_path / "saved"
+        image_set().save_to_disk(source)
+    else:
+        folder = image_folder(tmp_path / "images", {"cat": 10, "dog": 10})
+        rows = [(f"{name}/{i}.png", name) for name in ("cat", "dog") for i in range(10)]
+        source = folder / ("list.csv" if kind == "csv" else "list.jsonl")
+        if kind == "csv":
+            source.write_text("path,class\n" + "".join(f"{path},{name}\n" for path, name in rows))
+        else:
+            source.write_text("".join(f'{{"path": "{path}", "class": "{name}"}}\n' for path, name in rows))
+    data = load_images(source)
+    assert set(data) == {"train", "validation", "test"}
+    for split in data.values():
+        assert set(split.column_names) == {"image", "label"}
+        assert split.features["label"].names == ["cat", "dog"]
+        assert split[0]["image"].size == (8, 8)
+    assert sum(len(split) for split in data.values()) == 20
+
+
+def test_splits_given_one_by_one_agree_on_the_classes(tmp_path):
+    """A validation folder that lacks a class would number the others anew, and every accuracy would be wrong."""
+    train = image_folder(tmp_path / "a", {"ant": 4, "bee": 4, "cow": 4})
+    validation = image_folder(tmp_path / "b", {"bee": 2, "cow": 2})
+    data = load_images(train=train, validation=validation)
+    assert data["validation"].features["label"].names == ["ant", "bee", "cow"]
+    assert class_counts(data["validation"]) == {"ant": 0, "bee": 2, "cow": 2}
+    with pytest.raises(ValueError, match="'dodo', which the training images lack"):
+        load_images(train=train, validation=image_folder(tmp_path / "c", {"dodo": 2}))
+
+
+def test_number_labels_are_ordered_as_numbers_and_hidden_labels_are_not_used(tmp_path):
+    """Sorted as text, class 10 would come before 2; test sets with hidden labels (-1) would score at random."""
+    rows = {"image": [picture(i) for i in range(48)], "target": [i % 12 for i in range(48)]}
+    train = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    hidden = train.remove_columns(["target"]).add_column("target", [-1] * 48)
+    datasets.DatasetDict(train=train, test=hidden).save_to_disk(tmp_path / "d")
+    data = load_images(tmp_path / "d")
+    assert data["train"].features["label"].names == [str(i) for i in range(12)]
+    assert -1 not in data["test"]["label"][:]
+
+
+def test_a_cut_leaves_no_class_without_training_images():
+    """Rounding a rare class away from training would make it unlearnable without a word."""
+    labels = [0] * 50 + [1] * 2 + [2]
+    rest, part = stratified_cut(labels, 0.1, seed=0)
+    assert sorted(rest + part) == list(range(53))
+    assert [labels[i] for i in part].count(0) == 5
+    assert [labels[i] for i in part].count(1) == 1
+    assert 52 in rest
+
+
+def test_corrupt_images_are_named_and_skipped_or_refused(tmp_path, caplog):
+    """One broken file must neither stop a run in its fifth epoch nor vanish without its name."""
+    folder = image_folder(tmp_path / "images", {"cat": 10, "dog": 10})
+    broken = folder / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"1 of 20 train images cannot be decoded: .*3\.png"):
+        load_images(folder)
+    with caplog.at_level(logging.WARNING, logger="plastic_peft"):
+        data = load_images(folder, corrupt="skip")
+    assert sum(len(split) for split in data.values()) == 19
+    assert "3.png" in caplog.text
+    data = load_images(folder, corrupt="unchecked")
+    rows = with_pixels(datasets.concatenate_datasets(list(data.values())), ViTImageProcessorPil())
+    with pytest.raises(ValueError, match=r"3\.png cannot be decoded"):
+        rows[:]
+
+
+def test_imbalance_is_reported(tmp_path, caplog):
+    """Accuracy on nine tenths of one class says little, and the user should hear so."""
+    with caplog.at_level(logging.WARNING, logger="plastic_peft"):
+        load_images(image_folder(tmp_path / "images", {"cat": 40, "dog": 3}))
+    assert "'cat' has" in caplog.text and "macro F1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p: load_images(p / "nowhere"), "does not exist"),
+        (lambda p: load_images("digits", train="x"), "either name"),
+        (lambda p: load_images("digits", label_column="colour"), "no column 'colour' but image, label"),
+        (lambda p: load_images("digits", corrupt="ignore"), "'refuse', 'skip'"),
+        (lambda p: load_images("digits", test_share=1.5), "between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(call, message, tmp_path):
+    """A user who mistypes a path or a column needs its name back, not a traceback from a library."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call(tmp_path)
+
+
+def test_two_candidate_columns_are_not_guessed():
+    """With a fine and a coarse label, a silent guess would train the wrong task."""
+    data = image_set().add_column("coarse", [0] * 20).cast_column("coarse", datasets.ClassLabel(names=["animal"]))
+    data = data.rename_columns({"label": "fine"})
+    from plastic_peft.data import find_label_column
+
+    with pytest.raises(ValueError, match="one of the columns fine, coarse"):
+        find_label_column(data)
+
+
+def test_odd_image_modes_become_plain_rgb():
+    """16-bit images would clip to white, transparent pixels show whatever lies under them, and palettes their indices."""
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert np.asarray(as_rgb(deep))[0, :, 0].tolist() == [0, 128, 255]
+    clear = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
+    assert as_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (1, 1), 7)
+    palette.putpalette([0, 0, 0] * 7 + [1, 2, 3])
+    assert as_rgb(palette).getpixel((0, 0)) == (1, 2, 3)
+    assert as_rgb(Image.new("L", (1, 1), 9)).getpixel((0, 0)) == (9, 9, 9)
+    assert as_rgb(Image.fromarray(np.array([[0.5]], dtype=np.float32))).getpixel((0, 0)) == (128, 128, 128)
+    turned = Image.new("RGB", (2, 3))
+    turned.getexif()[0x0112] = 6
+    assert as_rgb(turned).size == (3, 2)
+
+
+def test_augmentation_depends_on_image_seed_and_epoch_alone():
+    """A resumed run, or one with workers, must see the images that the uninterrupted run would have seen."""
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    data = with_pixels(image_set(), processor, "crop", seed=3)
+    transform = transform_of(data)
+    first = torch.stack([data[i]["pixel_values"] for i in range(20)])
+    backwards = torch.stack([data[i]["pixel_values"] for i in reversed(range(20))]).flip(0)
+    assert torch.equal(first, backwards)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=7, num_workers=1, collate_fn=collate, persistent_workers=True, multiprocessing_context="fork"
+    )
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), first)
+    transform.set_epoch(1)
+    second = torch.cat([batch["pixel_values"] for batch in loader])
+    assert not torch.equal(second, first)
+    assert torch.equal(second, torch.stack([data[i]["pixel_values"] for i in range(20)]))
+    copy = pickle.loads(pickle.dumps(ImageTransform(processor, "crop", 3)))
+    copy.set_epoch(1)
+    assert torch.equal(copy({"image": [image_set()[0]["image"]]})["pixel_values"][0], second[0])
+
+
+def test_without_augmentation_pixels_are_the_processors():
+    """Training pixels that differ from those at inference would cost accuracy unnoticed."""
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    data = image_set()
+    row = with_pixels(data, processor)[4]
+    expected = processor(images=data[4]["image"], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(row["pixel_values"], expected)
+    assert row["labels"] == 0
+    flipped = {with_pixels(data, processor, "flip", seed=s)[4]["pixel_values"].equal(expected) for s in range(12)}
+    assert flipped == {True, False}
+
+
+def test_another_image_size_interpolates_positions_and_leaves_the_weights():
+    """Users have images of other sizes than the pretraining; the adapter must still fit the unchanged base model."""
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    model = ViTForImageClassification(config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    resize_to(processor, 24)
+    pixels = processor(images=picture(0), return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (24, 24)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(pixels)
+    accept_image_size(model, 24)
+    assert torch.equal(model(pixels).logits, model(pixel_values=pixels, interpolate_pos_encoding=True).logits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_images_without_labels_come_with_their_names(tmp_path):
+    """Predictions are of no use without the file each belongs to."""
+    folder = image_folder(tmp_path / "images", {"some": 2, "more": 1})
+    data = load_unlabelled(folder)
+    assert [name.rsplit("images/")[1] for name in data["file"]] == ["more/0.png", "some/0.png", "some/1.png"]
+    assert len(load_unlabelled(folder / "some" / "1.png")) == 1
+    image_set(3).to_parquet(tmp_path / "x.parquet")
+    assert load_unlabelled(tmp_path / "x.parquet")["file"][:] == ["row 0", "row 1", "row 2"]
+    with pytest.raises(ValueError, match="no image files"):
+        (tmp_path / "empty").mkdir()
+        load_unlabelled(tmp_path / "empty")
+
+
+def test_the_shipped_metric_agrees_with_scikit_learn():
+    """The metric decides which run is best, and nobody checks it again."""
+    from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
+
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, 7)).astype(np.float32), rng.integers(0, 7, 200)
+    got = load_metric().compute(predictions=logits, references=labels)
+    assert got["accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+    assert got["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
+    assert got["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
+    assert got["confusion_matrix"] == confusion_matrix(labels, logits.argmax(1)).tolist()
+    with pytest.raises(ValueError, match="not shipped|No metric"):
+        load_metric("bleu")
