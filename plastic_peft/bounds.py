@@ -266,8 +266,7 @@ class _AttentionProbe:
 
     def _heads(self, component: Component, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            q, k, v = _whole(module.in_proj_weight).chunk(3)
-            return q, k, v, _whole(module.out_proj.weight), module.head_dim
+            return *_whole(module.in_proj_weight).chunk(3), _whole(module.out_proj.weight), module.head_dim
         linears = [name for name in component.modules if self.structure.leaves[name].linear]
         *feeding, out = linears
         weights = {name: base_weight(self.modules[name]) for name in linears}
@@ -280,9 +279,9 @@ class _AttentionProbe:
             return None
         parts: list[tuple[str, slice]] = []
         for name in feeding:
-            rows = self.structure.leaves[name].out_width
-            thirds = 3 if len(feeding) == 1 and rows % 3 == 0 else 1
-            parts += [(name, slice(i * rows // thirds, (i + 1) * rows // thirds)) for i in range(thirds)]
+            width = self.structure.leaves[name].out_width
+            thirds = 3 if len(feeding) == 1 and width % 3 == 0 else 1
+            parts += [(name, slice(i * width // thirds, (i + 1) * width // thirds)) for i in range(thirds)]
         if len(parts) != 3:
             return None
         plain = self._received(module, args, kwargs, out, None, None)

@@ -113,7 +113,7 @@ def measure_plasticity(
             with _naming_the_batch(core, batch.inputs, number):
                 call(core, model_inputs(core, {key: value.to(device) for key, value in batch.inputs.items()}))
             moments.add(_reduce(taps.rates(batch), accelerator))
-            moments.check([plan.name for plan in plans], number, batch, core)
+            moments.check(plans, number, batch, core)
             total = batch.last
             bar.update(batch.last - batch.first)
             width = moments.widest()
@@ -212,6 +212,7 @@ class _Plan:
     component: Component
     inputs: str
     outputs: tuple[str, ...]
+    start: int
 
 
 def _plan_rows(structure: Structure, inputs: str) -> list[_Plan]:
@@ -219,8 +220,10 @@ def _plan_rows(structure: Structure, inputs: str) -> list[_Plan]:
     for component in structure.components:
         if inputs == "embedding" and component.block is None:
             continue
-        plans.append(_Plan(component.name, "component", component, component.inputs, component.outputs))
-        plans += [_Plan(name, "module", component, name, (name,)) for name in component.modules]
+        start = {name: structure.leaves[name].start for name in component.modules}
+        first = start[component.modules[0]]
+        plans.append(_Plan(component.name, "component", component, component.inputs, component.outputs, first))
+        plans += [_Plan(name, "module", component, name, (name,), start[name]) for name in component.modules]
     return plans
 
 
@@ -439,12 +442,14 @@ class Moments:
         relative = torch.where(mean > 0, self.half_width()[measured] / mean.clamp(min=1e-300), 0.0)
         return float(relative.max())
 
-    def check(self, names: list[str], number: int, batch: PairBatch, model: nn.Module) -> None:
+    def check(self, plans: list[_Plan], number: int, batch: PairBatch, model: nn.Module) -> None:
+        """Raise for the module that was the first to put out NaN or infinity."""
         bad = self.sums[:, :, 3].sum(dim=1).nonzero().flatten().tolist()
         if bad:
+            first = min((plans[i] for i in bad), key=lambda plan: plan.start)
             more = f" and {len(bad) - 1} further ones" if len(bad) > 1 else ""
             raise NotFiniteError(
-                f"{names[bad[0]]}{more} put out NaN or infinity in batch {number} (pairs {batch.first} to {batch.last - 1}). "
+                f"{first.name}{more} put out NaN or infinity in batch {number} (pairs {batch.first} to {batch.last - 1}). "
                 f"{_precision_advice(model)}"
             )
 
