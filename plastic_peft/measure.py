@@ -387,8 +387,10 @@ def _norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _reduce(sums: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
     if accelerator is None or accelerator.num_processes == 1:
         return sums
+    from accelerate.utils import reduce
+
     try:
-        reduced: torch.Tensor = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+        reduced: torch.Tensor = reduce(sums.to(accelerator.device), reduction="sum").cpu()
     except RuntimeError as error:
         raise RuntimeError(
             f"Process {accelerator.process_index} could not add up its rates with the others; one of them has probably died. "
