@@ -132,6 +132,7 @@ class PlasticityConfig(LoraConfig):
         if self.adapter == "full" and self.use_dora:
             raise ValueError('use_dora applies to adapter="lora": full adapters have no low-rank part.')
         self._report: PlasticityReport | None = None
+        self._names_in_file: dict[str, str] | None = None
         if isinstance(self.plasticity, PlasticityReport):
             self._report = self.plasticity
         elif isinstance(self.plasticity, os.PathLike):

@@ -105,7 +105,7 @@ class PlasticityModel(LoraModel):
     ) -> dict[str, torch.Tensor]:
         whole: Any = model
         base = whole.get_base_model() if hasattr(model, "get_base_model") else model
-        keys = renamed_keys(state_dict, base, getattr(config, "checkpoint_names", None))
+        keys = renamed_keys(state_dict, base, getattr(config, "_names_in_file", None))
         state_dict = {keys[key]: tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -186,6 +186,7 @@ def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
             config.modules_to_save = [names.get(name, name) for name in config.modules_to_save]
     elif given and given != "all-linear" and config.selected_modules is None:
         _adopt_patterns(config, model)
+    config._names_in_file = config.checkpoint_names
     config.checkpoint_names = compact(checkpoint_names(model)) or None
     labels = getattr(getattr(model, "config", None), "id2label", None)
     if config.labels is None and labels:
@@ -262,7 +263,7 @@ def _fitted(
     """The report in this model's names: as it is, or translated where the same architecture is named otherwise."""
     report = in_names_of(report, model)
     rows = [row for row in report.select_rows("module") if row.role in BLOCK_ROLES]
-    odd = next((row for row in rows if not _fits(row, modules.get(row.name))), None)
+    odd = next((row for row in rows if not fits(row, modules.get(row.name))), None)
     if odd is None:
         return report, None
     structure = trace(model)
@@ -310,7 +311,7 @@ def in_names_of(report: PlasticityReport, model: nn.Module, recorded: dict[str, 
     )
 
 
-def _fits(row: Row, module: nn.Module | None) -> bool:
+def fits(row: Row, module: nn.Module | None) -> bool:
     if module is None:
         return False
     weight = base_weight(module)
