@@ -467,9 +467,11 @@ def _perturb_token(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def kind_of(module: nn.Module) -> str:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    base = getattr(base, "original_module", base)
-    return type(base).__name__
+    """Class name of a module without what adapters, saved heads and FSDP make of it."""
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = type(getattr(base, "original_module", base))
+    # fully_shard derives a class of its own from each module's
+    return str(next(kind for kind in base.__mro__ if "FSDP" not in kind.__name__).__name__)
 
 
 def own_parameters(module: nn.Module) -> list[torch.Tensor]:
@@ -594,7 +596,7 @@ def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
 def tracer_kind(tracer: _Tracer, name: str) -> str:
     for module, public in tracer.names.items():
         if public == name:
-            return type(module).__name__
+            return kind_of(module)
     return ""
 
 
@@ -640,7 +642,7 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
     if not blocks:
         kinds = sorted({leaf.kind for leaf in leaves})
         raise ValueError(
-            f"No transformer blocks found in {type(model).__name__}: none of its {len(leaves)} executed modules with parameters "
+            f"No transformer blocks found in {kind_of(model)}: none of its {len(leaves)} executed modules with parameters "
             f"({', '.join(kinds) or 'none'}) feeds an attention, that is, lets one token of its output reach other tokens. If "
             "this model is no vision transformer, choose the modules yourself: PlasticityConfig(target_modules=[...])."
         )

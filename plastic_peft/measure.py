@@ -29,9 +29,9 @@ from .components import (
     Structure,
     call,
     first_tensor,
+    kind_of,
     named_leaves,
     per_image,
-    public_name,
     quiet,
     synthetic_images,
     trace,
@@ -149,7 +149,7 @@ def measure_plasticity(
         tolerance=tolerance,
         seed=seed,
         max_pairs=max_pairs,
-        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or type(core).__name__,
+        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or kind_of(core),
         base_parameters=structure.parameters,
         fingerprint=structure.fingerprint,
         versions=library_versions(),
@@ -191,7 +191,7 @@ def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], numbe
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
         where = "the first images" if number is None else f"batch {number}"
         raise ValueError(
-            f"{type(model).__name__} cannot take {where} ({shapes}): {error} Pass images of the size and channels that the model expects."
+            f"{kind_of(model)} cannot take {where} ({shapes}): {error} Pass images of the size and channels that the model expects."
         ) from error
 
 
@@ -525,8 +525,3 @@ def _holds(rows: list[Row], component: Row, names: set[str]) -> bool:
         r.level == "module" and r.component == component.name and r.role == component.role and r.name in names
         for r in rows
     )
-
-
-def tapped_names(model: nn.Module) -> list[str]:
-    """Public names of all modules, as rows use them."""
-    return [public_name(name) for name, _, _ in named_leaves(unwrap(model))]

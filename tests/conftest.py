@@ -8,9 +8,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 
 torch.set_num_threads(1)
+# the same examples every time, and no time limits: machines are shared
+settings.register_profile(
+    "project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)

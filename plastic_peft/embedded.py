@@ -1,0 +1,41 @@
+"""The small pretrained ViT that the package carries, so that everything can be tried without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import ViTForImageClassification
+
+
+VIT_NANO = Path(__file__).parent / "assets" / "vit_nano"
+
+
+def load_vit_nano(num_labels: int | None = None, **kwargs: Any) -> ViTForImageClassification:
+    """Load vit_nano: 1.2 M parameters, 32 x 32 images, patches of 4, 6 blocks, pretrained on CIFAR-10.
+
+    Args:
+        num_labels: Labels of a new, untrained head; by default the head for the ten CIFAR-10 labels is kept.
+        kwargs: For `from_pretrained`, such as `id2label`, `label2id` or `dtype` (float32 by default).
+    """
+    import torch
+    from transformers import ViTForImageClassification
+
+    if num_labels is not None:
+        kwargs["num_labels"] = num_labels
+    if {"num_labels", "id2label"} & kwargs.keys():
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+    kwargs.setdefault("dtype", torch.float32)
+    model: ViTForImageClassification = ViTForImageClassification.from_pretrained(VIT_NANO, **kwargs)
+    return model
+
+
+def vit_nano_source_images() -> datasets.Dataset:
+    """One hundred CIFAR-10 training images, ten per label: source images for measuring vit_nano."""
+    import datasets
+    import pyarrow.parquet
+
+    return datasets.Dataset(pyarrow.parquet.read_table(VIT_NANO / "source_images.parquet"))

@@ -1,0 +1,122 @@
+"""Upper bounds against exact norms and against measured rates."""
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from plastic_peft import measure_plasticity, plasticity_bounds
+from plastic_peft.bounds import attention_bound, spectral_norm
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6), st.sampled_from(["normal", "low rank", "equal"]))
+def test_spectral_norm_is_exact_to_one_per_cent(rows, columns, seed, kind):
+    """Without it Lanczos could stop too early, above all where singular values lie close together."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator)
+    if kind == "low rank":
+        matrix = matrix[:, :1] @ matrix[:1]
+    if kind == "equal":
+        matrix = torch.linalg.qr(matrix).Q
+    exact = float(torch.linalg.svdvals(matrix.double())[0])
+    assert spectral_norm(matrix) == pytest.approx(exact, rel=1e-2, abs=1e-6)
+
+
+def test_heads_are_rows_of_qkv_and_columns_of_the_output():
+    """Without it a bound could cut heads along the wrong dimension, as the paper's code does."""
+    torch.manual_seed(0)
+    q, k, v, o = (torch.randn(12, 12) for _ in range(4))
+    n, r, size = 7, 1.5, 4
+    by_hand = 0.0
+    for h in range(3):
+        part = slice(h * size, (h + 1) * size)
+        a = torch.linalg.matrix_norm(q[part].T @ k[part] / size**0.5, ord=2)
+        ov = torch.linalg.matrix_norm(o[:, part], ord=2) * torch.linalg.matrix_norm(v[part], ord=2)
+        by_hand += float(ov * torch.sqrt(3 * n + (12 * n + 3) * r**4 * a**2))
+    assert attention_bound(q, k, v, o, size, n=n, r=r) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_grouped_heads_share_keys_and_values():
+    """Without it models with fewer key and value heads could not be bounded, or wrongly."""
+    torch.manual_seed(0)
+    q, o, k, v = torch.randn(16, 16), torch.randn(16, 16), torch.randn(8, 16), torch.randn(8, 16)
+    wide = [w.view(2, 4, 16).repeat_interleave(2, dim=0).reshape(16, 16) for w in (k, v)]
+    shared = attention_bound(q, k, v, o, 4, n=5, r=1.0)
+    assert shared == pytest.approx(attention_bound(q, *wide, o, 4, n=5, r=1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["separate", "fused", "torch"])
+def test_attention_weights_are_found_by_behaviour(name):
+    """Without it q, k, v and the head width would have to be known by name."""
+    torch.manual_seed(0)
+    if name == "separate":
+        model = models.transformers_model("vit")
+        attention = model.vit.layers[0].attention
+        weights = [getattr(attention, f"{x}_proj").weight for x in "qkvo"]
+        size, where = 8, "vit.layers.0.attention"
+    elif name == "fused":
+        model = models.hand_written("pre_norm")
+        attention = model.blocks[0].attn
+        weights, size, where = [*attention.qkv.weight.chunk(3), attention.proj.weight], 8, "blocks.0.attn"
+    else:
+        model = models.hand_written("torch_attention")
+        attention = model.blocks[0].attn
+        weights, size, where = [*attention.in_proj_weight.chunk(3), attention.out_proj.weight], 8, "blocks.0.attn"
+    report = plasticity_bounds(model, radius=2.0, tokens=17, images=torch.randn(3, 3, 32, 32))
+    bound = next(r for r in report.select_rows("component", "attention") if r.name == where)
+    assert bound.mean == pytest.approx(attention_bound(*weights, size, n=17, r=2.0), rel=1e-5)
+
+
+def scaled_up(model):
+    """Weights as large as trained ones, so that bounds and rates are not near zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_measured_rate_exceeds_its_bound(seed):
+    """Without it a bound could be none: linear layers always, attention within its radius."""
+    torch.manual_seed(seed)
+    model = scaled_up(models.FAMILIES["vit"]().eval())
+    images = torch.randn(24, 3, 32, 32)
+    bounds = {(r.level, r.name): r.mean for r in plasticity_bounds(model, images=images).rows}
+    measured = measure_plasticity(model, images, progress=False, tolerance=0)
+    checked = 0
+    for row in measured.rows:
+        if row.role.startswith("norm") or (row.level, row.name) not in bounds:
+            continue
+        assert row.mean <= bounds[row.level, row.name] * (1 + 1e-4), row.name
+        checked += 1
+    assert checked == 4 * (4 + 2 + 1 + 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1.0, 20.0))
+def test_a_norm_is_bounded_for_tokens_of_spread_one_or_more(seed, spread):
+    """Without it the condition under which max |gamma| bounds a layer norm would be a guess."""
+    torch.manual_seed(seed)
+    norm = nn.LayerNorm(16, eps=0.0)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x, y = torch.randn(2, 10, 16, dtype=torch.double)
+    x, y = (spread * (1 + torch.rand(10, 1)) * t / t.std(dim=-1, keepdim=True, correction=0) for t in (x, y))
+    norm = norm.double()
+    rate = (norm(x) - norm(y)).norm() / (x - y).norm()
+    assert float(rate.detach()) <= float(norm.weight.detach().abs().max()) * (1 + 1e-9)
+
+
+def test_an_attention_outside_the_theorem_is_named():
+    """Without it an attention with norms inside would get a bound that does not hold."""
+    torch.manual_seed(0)
+    model = models.hand_written("inline")
+    report = plasticity_bounds(model, images=torch.randn(3, 3, 32, 32))
+    assert not report.select_rows("component", "attention")
+    assert any("no bound is known" in note for note in report.notes)
+    assert report.select_rows("component", "mlp_in")

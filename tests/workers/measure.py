@@ -1,0 +1,55 @@
+"""Run by `accelerate launch` or `torchrun`: measures in one of several ways and writes one report per process."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import models
+
+from plastic_peft import measure_plasticity
+
+
+def main(way: str, output: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    generator = torch.Generator().manual_seed(2)
+    sources, targets = torch.randn(2, 45, 3, 32, 32, generator=generator)
+    model = models.transformers_model("vit")
+    if way == "prepared":
+        model = accelerator.prepare(model)
+    elif way == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.vit.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif way == "dies" and accelerator.process_index == 1:
+        sources = _DiesAt([*sources[:20], *[None] * 25])
+    report = measure_plasticity(
+        model, targets, sources, accelerator=accelerator, batch_size=16, tolerance=0, progress=False
+    )
+    report.save(Path(output) / f"rank{accelerator.process_index}.json")
+
+
+class _DiesAt:
+    """A data set at whose missing image the process is gone, as if the machine had failed."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if self.images[index] is None:
+            os._exit(7)
+        return {"pixel_values": self.images[index]}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
