@@ -15,6 +15,28 @@ from .registration import add_peft_type
 
 PEFT_TYPE = add_peft_type()
 MAX_NAMES = 100_000
+LORA_ONLY = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "ensure_weight_tying",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "kasa_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "velora_config",
+)
+"""Fields of `LoraConfig` that say something about low-rank weights; `r`, `lora_alpha` and `lora_dropout` are ignored."""
 
 
 @dataclass
@@ -31,6 +53,7 @@ class PlasticityConfig(LoraConfig):
             `target_modules`, the model is measured on synthetic images, with a warning.
         adapter (`"lora"` or `"full"`, defaults to `"lora"`):
             Low-rank adapters on the selected modules, or training of the selected modules' own weights, norms included.
+            Full adapters ignore `r`, `lora_alpha` and `lora_dropout`, and refuse LoRA's other options.
         budget (`int` or `float`, *optional*):
             Trainable parameters to spend at most, the head not counted; a float is a share of the base model. If none of
             `budget`, `top_k`, `fraction` and `threshold` is given: 0.01 for LoRA, `top_k=1` for full adapters.
@@ -129,8 +152,8 @@ class PlasticityConfig(LoraConfig):
             raise ValueError(f"signal={self.signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
-        if self.adapter == "full" and self.use_dora:
-            raise ValueError('use_dora applies to adapter="lora": full adapters have no low-rank part.')
+        if self.adapter == "full":
+            _refuse_lora_options(self)
         self._report: PlasticityReport | None = None
         self._names_in_file: dict[str, str] | None = None
         if isinstance(self.plasticity, PlasticityReport):
@@ -176,6 +199,17 @@ class PlasticityConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         if self._report is not None:
             self._report.save(Path(save_directory))
+
+
+def _refuse_lora_options(config: LoraConfig) -> None:
+    given = [name for name in LORA_ONLY if getattr(config, name, None)]
+    if not isinstance(config.init_lora_weights, bool):
+        given.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if given:
+        raise ValueError(
+            f'{", ".join(given)} applies to adapter="lora": full adapters have no low-rank part. Leave it out, or use '
+            'adapter="lora".'
+        )
 
 
 def _checked_scores(name: str, value: Any) -> dict[str, float]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+from functools import reduce
 from typing import Any, Optional
 
 import torch
@@ -16,6 +18,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
     The original weights stay frozen in `base_layer`; the active adapter's weights take their place during the forward
     pass, so there is one forward pass, and disabling or switching moves no data. With several active adapters their
     differences from the original add up.
+
+    Raises:
+        TypeError: If the module has no parameters, or parameters that gradients cannot train.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_full",)
@@ -27,6 +32,8 @@ class FullLayer(nn.Module, BaseTunerLayer):
         self.lora_full = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # sharding wrappers turn parameters into plain tensors during the forward pass, so the names are noted here
+        self._names = trainable_names(self.get_base_layer())
         self._originals: dict[str, torch.Tensor] = {}
         self._active_adapter = adapter_name
         self.in_features = getattr(base_layer, "in_features", None)
@@ -36,34 +43,25 @@ class FullLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PlasticityConfig) -> None:
         """Give `adapter_name` a copy of the base weights; `init_lora_weights=False` perturbs it, for tests."""
         copies = {}
-        for name, parameter in self._base_parameters().items():
-            if not parameter.is_floating_point():
-                raise TypeError(
-                    f'adapter="full" trains the weights themselves, and those of {type(self.base_layer).__name__} are quantised '
-                    f'({parameter.dtype}): use adapter="lora" on quantised models.'
-                )
-            original = self._originals.get(name, parameter.detach())
-            copy = original.clone()
+        for name, weight in self._base_weights().items():
+            copy = self._originals.get(name, weight.detach()).clone()
             if config.init_lora_weights is False:
                 copy += 0.1 * torch.randn_like(copy)
-            copies[name.replace(".", "__")] = nn.Parameter(copy)
-        if not copies:
-            raise TypeError(
-                f'adapter="full" has nothing to train in {type(self.base_layer).__name__}: it holds no parameters.'
-            )
+            copies[_key(name)] = nn.Parameter(copy)
         self.lora_full[adapter_name] = nn.ParameterDict(copies)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _base_parameters(self) -> dict[str, torch.Tensor]:
-        return dict(self.get_base_layer().named_parameters())
+    def _base_weights(self) -> dict[str, torch.Tensor]:
+        base: Any = self.get_base_layer()
+        return {name: reduce(getattr, name.split("."), base) for name in self._names}
 
     def _weights(self, adapters: list[str], originals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights that the named adapters give, by parameter name of the base module, in its dtype."""
         held: list[Any] = [self.lora_full[name] for name in adapters if name in self.lora_full]
         weights = {}
         for name, original in originals.items() if held else ():
-            first, *others = [copy[name.replace(".", "__")] for copy in held]
+            first, *others = [copy[_key(name)] for copy in held]
             weight = first.to(original.dtype)
             for other in others:
                 weight = weight + (other.to(original.dtype) - original)
@@ -71,13 +69,11 @@ class FullLayer(nn.Module, BaseTunerLayer):
         return weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        if self.merged:
-            return self.base_layer(*args, **kwargs)
-        weights = self._weights(self.active_adapters, self._base_parameters())
+        weights = self._weights(self.active_adapters, self._base_weights())
         if not weights:
             return self.base_layer(*args, **kwargs)
         return functional_call(self.base_layer, weights, args, kwargs)
@@ -91,7 +87,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_full]
         if not adapters:
             return
-        parameters = self._base_parameters()
+        parameters = self._base_weights()
         originals = self._originals or {name: parameter.data for name, parameter in parameters.items()}
         with torch.no_grad():
             merged = self._weights(self.merged_adapters + adapters, originals)
@@ -106,9 +102,12 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit."""
-        for name, parameter in self._base_parameters().items():
-            if name in self._originals:
-                parameter.data = self._originals[name].to(parameter.device)
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for name, parameter in self._base_weights().items():
+            # the model may have been moved or cast in between
+            parameter.data = self._originals[name].to(parameter)
         self._originals = {}
         self.merged_adapters = []
 
@@ -120,3 +119,28 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "plasticity." + super().__repr__()
+
+
+def trainable_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that a full adapter of `module` trains.
+
+    Raises:
+        TypeError: If there are none, or if the module is quantised; the message says what to do instead.
+    """
+    kind = type(module).__name__
+    parameters = dict(module.named_parameters())
+    # a counter such as BatchNorm's is a number; whole arrays of integers are packed weights
+    packed = [tensor.dtype for tensor in module.buffers() if tensor.ndim > 1 and not tensor.is_floating_point()]
+    packed += [p.dtype for p in parameters.values() if not p.is_floating_point() or p.dtype.itemsize < 2]
+    if packed:
+        raise TypeError(
+            f'adapter="full" trains the weights themselves, and those of {kind} are quantised ({packed[0]}): use '
+            'adapter="lora" on quantised models.'
+        )
+    if not parameters:
+        raise TypeError(f'adapter="full" has nothing to train in {kind}: it holds no parameters.')
+    return tuple(parameters)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "__")

@@ -15,13 +15,13 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, trace
+from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, public_name, trace
 from ..measure import measure_on_synthetic_images
 from ..names import checkpoint_names, compact, elsewhere, renamed_keys, renamings
 from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
 from ..selection import Candidate, Selection, select
 from .config import PlasticityConfig
-from .layer import FullLayer
+from .layer import FullLayer, trainable_names
 
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,11 @@ class PlasticityModel(LoraModel):
         if not isinstance(config, PlasticityConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        settle(config, model)
-        self._check_modes(config, model)
-        selected = None if config.selected_modules is None else set(config.selected_modules)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with _undone_on_error(config, model, adapter_name):
+            settle(config, model)
+            self._check_targets(config, model)
+            selected = None if config.selected_modules is None else set(config.selected_modules)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if selected is not None:
             # peft shortens long lists to common suffixes; what is saved stays exact
             config.target_modules = selected  # type: ignore[assignment]
@@ -62,16 +63,20 @@ class PlasticityModel(LoraModel):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         selected = getattr(peft_config, "selected_modules", None)
-        return key in selected if selected is not None else check_target_module_exists(peft_config, key)
+        return public_name(key) in selected if selected is not None else check_target_module_exists(peft_config, key)
 
-    def _check_modes(self, config: PlasticityConfig, model: nn.Module) -> None:
+    def _check_targets(self, config: PlasticityConfig, model: nn.Module) -> None:
         other = LoraLayer if config.adapter == "full" else FullLayer
-        for name, module in model.named_modules():
-            if isinstance(module, other) and self._check_target_module_exists(config, name):
+        for name, module, _ in named_leaves(model):
+            if not name or not self._check_target_module_exists(config, name):
+                continue
+            if isinstance(module, other):
                 raise ValueError(
                     f"{name} already has an adapter of the other mode, and one module cannot carry both adapter='lora' and "
                     "adapter='full': select other modules, or load the second adapter on a fresh model."
                 )
+            if config.adapter == "full" and not isinstance(module, FullLayer):
+                trainable_names(module)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -122,14 +127,80 @@ class PlasticityModel(LoraModel):
                 f"adapter_names mixes adapters inside a batch, which adapter='full' ({', '.join(sorted(full))}) cannot: its weights "
                 "are not a sum over samples. Use set_adapter and one batch per adapter."
             )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
+        layers = [module for module in self.modules() if isinstance(module, FullLayer)] if names is not None else []
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        active = [layer._active_adapter for layer in layers]
+        try:
+            # none of the named adapters is a full one, so these modules are the base model's for every sample
+            for layer in layers:
+                layer._active_adapter = []
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            for layer, adapters in zip(layers, active, strict=True):
+                layer._active_adapter = adapters
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         full = [name for name in adapters if getattr(self.peft_config.get(name), "adapter", "lora") == "full"]
         if full:
             raise ValueError(f"add_weighted_adapter combines LoRA weights; {', '.join(full)} has adapter='full'.")
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        # peft copies the first config and unites the targets; the exact names have to be united likewise
+        first: Any = self.peft_config.get(adapters[0])
+        scores = [getattr(self.peft_config.get(name), "selected_modules", None) for name in adapters]
+        if all(given is None for given in scores):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+            return
+        held = first.selected_modules
+        named = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+        first.selected_modules = {
+            public_name(name): max((given.get(public_name(name), 0.0) for given in scores if given), default=0.0)
+            for name in named
+            if any(self._check_target_module_exists(self.peft_config[adapter], name) for adapter in adapters)
+        }
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            first.selected_modules = held
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path_initial_model_for_weight_conversion: str, *args: Any
+    ) -> dict[str, torch.Tensor]:
+        # peft resets this field for its own LoRA type only, and would subtract the principal components again
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path_initial_model_for_weight_conversion)
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path_initial_model_for_weight_conversion, *args
+        )
+
+
+@contextmanager
+def _undone_on_error(config: PlasticityConfig, model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Give config and model back their fields, modules and gradient flags if adding the adapter fails."""
+    fields = dict(vars(config))
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    layers = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for layer, active in layers:
+            if adapter_name in layer._all_available_adapter_names():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    layer.delete_adapter(adapter_name)
+                layer._active_adapter = active
+        for module, held in children:
+            module._modules.clear()
+            module._modules.update(held)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        vars(config).clear()
+        vars(config).update(fields)
+        raise
 
 
 # --- settling the selection --------------------------------------------------------------------------------------------
@@ -154,14 +225,17 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
             total = report.base_parameters
             config._report = report
         else:
-            candidates, total = report, sum(p.numel() for p in model.parameters())
+            candidates, total = report, _base_parameters(model)
         candidates = _allowed(config, candidates)
         options = config.selection_options()
         options.pop("signal")
         _apply(config, select(candidates, base_parameters=total, **options))
         config.plasticity = None
     if config.modules_to_save == ["auto"]:
-        config.modules_to_save = _head(config, model, modules, structure) or None
+        head = _head(config, model, modules, structure) or []
+        chosen = config.selected_modules or {}
+        # a head that was asked for by name is adapted instead
+        config.modules_to_save = [name for name in head if name not in chosen] or None
         if config.modules_to_save:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(config.modules_to_save))
 
@@ -221,6 +295,15 @@ def _apply(config: PlasticityConfig, selection: Selection) -> None:
         config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
 
 
+def _base_parameters(model: nn.Module) -> int:
+    """Parameters of the model itself, without the adapters that it may already carry."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if f".{PlasticityModel.prefix}" not in name and ".modules_to_save." not in name
+    )
+
+
 def _report_for(
     config: PlasticityConfig, model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[PlasticityReport | list[Candidate], Structure | None]:
@@ -234,7 +317,13 @@ def _report_for(
             UserWarning,
             stacklevel=2,
         )
-        return measure_on_synthetic_images(model, seed=config.seed), None
+        try:
+            return measure_on_synthetic_images(model, seed=config.seed), None
+        except ValueError as error:
+            raise ValueError(
+                f"Please specify `target_modules` or `plasticity`: {type(model).__name__} cannot be measured on synthetic "
+                f"images. {error}"
+            ) from error
     if isinstance(given, PlasticityReport):
         return _fitted(given, model, modules)
     _check_names(given, modules, "plasticity")
@@ -338,11 +427,18 @@ def _allowed(config: PlasticityConfig, candidates: list[Candidate]) -> list[Cand
     if config.exclude_modules:
         probe = LoraMatch(config.exclude_modules)
         candidates = [c for c in candidates if not probe.matches(c.name)]
+    if config.modules_to_save:
+        candidates = [c for c in candidates if not _saved_whole(c.name, config.modules_to_save)]
     if not candidates:
         raise ValueError(
-            "exclude_modules and layers_to_transform leave no measured module to select from: loosen them."
+            "exclude_modules, layers_to_transform and modules_to_save leave no measured module to select from: loosen them."
         )
     return candidates
+
+
+def _saved_whole(name: str, modules_to_save: Any) -> bool:
+    """Is the module trained in full as one of `modules_to_save`, or inside one of them?"""
+    return any(f".{saved}." in f".{name}." for saved in modules_to_save)
 
 
 class LoraMatch:
