@@ -3,6 +3,7 @@
 Importing the package registers the method with PEFT.
 """
 
+from .bounds import plasticity_bounds
 from .components import Component, find_components
 from .measure import measure_plasticity
 from .report import PlasticityReport
@@ -20,4 +21,5 @@ __all__ = [
     "Selection",
     "find_components",
     "measure_plasticity",
+    "plasticity_bounds",
 ]

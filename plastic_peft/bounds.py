@@ -98,7 +98,7 @@ def plasticity_bounds(
         tolerance=0.0,
         seed=0,
         max_pairs=0,
-        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or type(core).__name__,
+        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or kind_of(core),
         base_parameters=structure.parameters,
         fingerprint=structure.fingerprint,
         versions=library_versions(),

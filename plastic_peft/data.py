@@ -108,8 +108,11 @@ def load_images(
     return datasets.DatasetDict({split: splits[split] for split in SPLITS})
 
 
-def load_unlabelled(path: str | os.PathLike[str]) -> datasets.Dataset:
+def load_unlabelled(path: str | os.PathLike[str], split: str = "test") -> datasets.Dataset:
     """Load images without their labels, for prediction: one image file, or any source of `load_images`.
+
+    Args:
+        split: The split to take where the source has it; otherwise its first.
 
     Returns:
         A data set with the column `image`, and `file` with the path or row of each image.
@@ -126,7 +129,7 @@ def load_unlabelled(path: str | os.PathLike[str]) -> datasets.Dataset:
         files = [source]
     else:
         loaded = _load(path, None, {})
-        data = loaded.get("test", next(iter(loaded.values())))
+        data = loaded.get(split, next(iter(loaded.values())))
         data = _as_image_column(data.select_columns([find_image_column(data)]), find_image_column(data))
         data = data.rename_columns({data.column_names[0]: "image"})
         return data.add_column("file", [f"row {i}" for i in range(len(data))])
@@ -355,8 +358,9 @@ def open_image(value: Any) -> Image.Image:
         return value
     path = value.get("path") if isinstance(value, Mapping) else (None if isinstance(value, bytes) else value)
     content = value.get("bytes") if isinstance(value, Mapping) else (value if isinstance(value, bytes) else None)
+    where: Any = io.BytesIO(content) if content is not None else path
     try:
-        image = Image.open(io.BytesIO(content) if content is not None else path)
+        image = Image.open(where)
         image.load()
     # PIL's decoders raise nearly anything on broken bytes
     except Exception as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def save_adapter(
     report = report if report is not None else config.report
     image_processor = image_processor if image_processor is not None else getattr(peft_model, "image_processor", None)
     labels = getattr(getattr(peft_model.get_base_model(), "config", None), "id2label", None)
-    with whole_folder(path) as folder:
+    # an older adapter in the same folder must not lend its report to this one
+    with whole_folder(path, instead_of=(REPORT_NAME, PICTURE_NAME, PROCESSOR_NAME)) as folder:
         write_adapter(peft_model, adapter_name, folder)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         ranks, alphas = layout(peft_model, adapter_name)
@@ -207,6 +209,12 @@ def push(
         ValueError: As `save_adapter`.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses, for example for want of rights.
     """
+    base = plasticity_config(peft_model, adapter_name).base_model_name_or_path or ""
+    if not _is_repo_id(base) or Path(base).is_dir():
+        warnings.warn(
+            f"The base model {base!r} is not on the Hub, so that others have to pass base_model= to load {repo_id}.",
+            stacklevel=2,
+        )
     with tempfile.TemporaryDirectory() as folder:
         if card is None:
             used = report if report is not None else plasticity_config(peft_model, adapter_name).report
@@ -443,8 +451,11 @@ def write_adapter(peft_model: PeftModel, adapter_name: str, folder: Path) -> Non
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `path` whose files move to `path` when the block ends well, and vanish otherwise."""
+def whole_folder(path: str | os.PathLike[str], instead_of: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `path` whose files move to `path` when the block ends well, and vanish otherwise.
+
+    Files named in `instead_of` are removed from `path` if the block did not write new ones.
+    """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: pass a folder.")
@@ -453,6 +464,9 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder = Path(name)
         yield folder
         target.mkdir(exist_ok=True)
+        for old in instead_of:
+            if not (folder / old).exists():
+                (target / old).unlink(missing_ok=True)
         for file in sorted(folder.iterdir()):
             os.replace(file, target / file.name)
 

@@ -76,7 +76,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         weights = self._weights(self.active_adapters, self._base_weights())
         if not weights:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, weights, args, kwargs)
+        return functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Put the adapters' weights into the base module; the originals are kept aside for `unmerge`.

@@ -1,0 +1,638 @@
+"""Fine-tuning from images to a saved adapter: what scripts, notebooks and the command line share.
+
+`train` runs the whole of it; the steps are functions of their own. A run keeps in its output folder what it was asked
+for, the report and the selection, each written whole before training starts, so the same call after a crash goes on from
+the last whole checkpoint with the same selection and does not measure again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import datasets
+import numpy as np
+import peft
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import hub
+from .card import model_card
+from .data import (
+    DIGITS,
+    accept_image_size,
+    class_counts,
+    collate,
+    load_images,
+    load_unlabelled,
+    resize_to,
+    transform_of,
+    with_pixels,
+)
+from .embedded import VIT_NANO, vit_nano_source_images
+from .measure import measure_plasticity
+from .metrics import load_metric
+from .report import REPORT_NAME, PlasticityReport, write_whole
+from .tuner import PlasticityConfig
+
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "plasticity_run.json"
+SELECTION_NAME = "plasticity_selection.json"
+RESULTS_NAME = "results.json"
+WHOLE_NAME = "whole.json"
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 50,
+    "remove_unused_columns": False,
+    "report_to": "none",
+}
+"""Where the command line and `training_arguments` differ from the defaults of `transformers.TrainingArguments`."""
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str = field(
+        default="vit_nano",
+        metadata={
+            "help": "Pretrained model: a folder, an id on the Hub, or 'vit_nano', the small one in this package."
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: Optional[str] = field(default=None, metadata={"help": "Token for the Hub; by default the stored login."})
+    image_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "Side of the images in pixels, if another than in pretraining; positions are interpolated."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images it is fine-tuned on."""
+
+    dataset_name: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "A data set on the Hub, an image folder, a parquet, CSV or JSON file, a save_to_disk folder, or 'digits'."
+        },
+    )
+    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the training images."})
+    validation_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the validation images."})
+    test_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the test images."})
+    image_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the images, if not obvious."})
+    label_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the labels, if not obvious."})
+    train_val_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing validation split."})
+    test_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing test split."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of these cuts."})
+    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on this many random images."})
+    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on this many random images."})
+    corrupt_images: Literal["refuse", "skip", "unchecked"] = field(
+        default="refuse",
+        metadata={"help": "Stop at images that cannot be decoded, leave them out, or do not look for them."},
+    )
+    augment: Literal["auto", "none", "flip", "crop"] = field(
+        default="auto",
+        metadata={"help": "Mirror images at random, and crop them; 'auto' is 'crop', and 'none' for digits."},
+    )
+    source_name: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Images like those of pretraining, to pair with the training images; needed for --signal shift."
+        },
+    )
+
+    def load(self, **options: Any) -> datasets.DatasetDict:
+        """The splits; arguments and errors as in `plastic_peft.data.load_images`."""
+        data = load_images(
+            self.dataset_name,
+            self.dataset_config_name,
+            train=self.train_dir,
+            validation=self.validation_dir,
+            test=self.test_dir,
+            image_column=self.image_column_name,
+            label_column=self.label_column_name,
+            validation_share=self.train_val_split,
+            test_share=self.test_split,
+            seed=self.split_seed,
+            corrupt=self.corrupt_images,
+            **options,
+        )
+        limits = {"train": self.max_train_samples, "validation": self.max_eval_samples, "test": self.max_eval_samples}
+        for split, limit in limits.items():
+            if limit is not None and limit < len(data[split]):
+                data[split] = data[split].shuffle(seed=self.split_seed).select(range(limit))
+        return data
+
+    @property
+    def augmentation(self) -> str:
+        if self.augment != "auto":
+            return self.augment
+        return "none" if self.dataset_name == DIGITS else "crop"
+
+
+@dataclass
+class PlasticityArguments:
+    """How plasticity is measured, and which modules are adapted in which way."""
+
+    report: Optional[str] = field(default=None, metadata={"help": "A saved report to select by, instead of measuring."})
+    inputs: Literal["hidden", "embedding"] = field(
+        default="hidden", metadata={"help": "Measure components on what they receive, or all on the embedding."}
+    )
+    max_pairs: int = field(default=12_800, metadata={"help": "Measure at most this many pairs of images."})
+    tolerance: float = field(default=0.05, metadata={"help": "Stop when every interval is this narrow (relative)."})
+    confidence: float = field(default=0.95, metadata={"help": "Confidence of the intervals."})
+    measure_batch_size: int = field(default=32, metadata={"help": "Pairs per batch over all processes."})
+    measure_seed: int = field(default=0, metadata={"help": "Seed of the pairs."})
+    adapter: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "LoRA on the selected modules, or training of their own weights."}
+    )
+    budget: Optional[str] = field(
+        default=None, metadata={"help": "Trainable parameters: a number, or a share of the model such as 0.01."}
+    )
+    top_k: Optional[int] = field(default=None, metadata={"help": "Adapt this many units instead."})
+    fraction: Optional[float] = field(default=None, metadata={"help": "Adapt this share of the units instead."})
+    threshold: Optional[float] = field(default=None, metadata={"help": "Adapt the units with this score instead."})
+    granularity: Literal["component", "block", "module"] = field(
+        default="component", metadata={"help": "A unit: a role over all depths, a component of a block, a module."}
+    )
+    within: Literal["model", "role"] = field(
+        default="model", metadata={"help": "Rank all units together, or the best of every role first."}
+    )
+    signal: str = field(default="plasticity", metadata={"help": "What to rank by: 'plasticity' or 'shift'."})
+    order: Literal["highest", "lowest", "random"] = field(
+        default="highest", metadata={"help": "Which units come first; 'lowest' and 'random' are controls."}
+    )
+    selection_seed: int = field(default=0, metadata={"help": "Seed of --order random."})
+    rank_allocation: Literal["uniform", "proportional"] = field(
+        default="uniform", metadata={"help": "The same rank everywhere, or ranks in proportion to scores."}
+    )
+    r: int = field(default=8, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scaling is lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA inputs."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Adapt exactly these modules (names or suffixes) and measure nothing."}
+    )
+    track_every: int = field(
+        default=0, metadata={"help": "Measure plasticity on a fixed batch every so many training steps; 0 for never."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, str):
+            text = self.budget.replace("_", "")
+            try:
+                self._budget: int | float | None = int(text) if text.isdigit() else float(text)
+            except ValueError:
+                raise ValueError(
+                    f"budget={self.budget!r} is no number: pass parameters such as 20000, or a share such as 0.01."
+                ) from None
+        else:
+            self._budget = self.budget
+
+    def selection_options(self) -> dict[str, Any]:
+        """Options of `PlasticityReport.select`."""
+        names = ("top_k", "fraction", "threshold", "granularity", "within", "signal", "order", "rank_allocation")
+        options = {name: getattr(self, name) for name in (*names, "adapter", "r")}
+        return {**options, "budget": self._budget, "seed": self.selection_seed}
+
+    def to_config(self, report: PlasticityReport | None = None, **settled: Any) -> PlasticityConfig:
+        """The adapter's config; `settled` are fields of a selection made before."""
+        options = self.selection_options()
+        for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"):
+            options[name] = getattr(self, name)
+        return PlasticityConfig(plasticity=report, **{**options, **settled})
+
+
+def training_arguments(output_dir: str, **options: Any) -> TrainingArguments:
+    """`TrainingArguments` with the defaults of this package (`TRAINING_DEFAULTS`)."""
+    return TrainingArguments(output_dir=output_dir, **{**TRAINING_DEFAULTS, **options})
+
+
+# --- steps -------------------------------------------------------------------------------------------------------------
+
+
+def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -> tuple[nn.Module, Any]:
+    """The pretrained model with a head for `labels` (a new one where the pretrained head has others), and its processor.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is no image classifier, or cannot take `image_size`.
+    """
+    name = arguments.model_name_or_path
+    where: dict[str, Any] = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+    where |= {"token": arguments.token} if arguments.token else {}
+    head: dict[str, Any] = {}
+    if labels is not None:
+        head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    path = str(VIT_NANO) if name == VIT_NANO.name else name
+    try:
+        model = AutoModelForImageClassification.from_pretrained(path, ignore_mismatched_sizes=True, **head, **where)
+        processor = AutoImageProcessor.from_pretrained(path, **where)
+    except OSError as error:
+        raise FileNotFoundError(f"Model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if arguments.image_size is not None:
+        resize_to(processor, arguments.image_size)
+        accept_image_size(model, arguments.image_size)
+    return model, processor
+
+
+def measure(
+    model: nn.Module,
+    images: datasets.Dataset,
+    processor: Any,
+    arguments: PlasticityArguments,
+    *,
+    source: str | None = None,
+    state: Any = None,
+    progress: bool = True,
+) -> PlasticityReport:
+    """Measure on raw `images` until the selection that `arguments` ask for is settled.
+
+    Args:
+        source: Name of source images, as for `plastic_peft.data.load_unlabelled`, or `"vit_nano"` for those of vit_nano.
+        state: `accelerate.PartialState` or `Accelerator`, to share the pairs among processes.
+    """
+    sources = None
+    if source is not None:
+        raw = vit_nano_source_images() if source == VIT_NANO.name else load_unlabelled(source, split="train")
+        sources = with_pixels(raw, processor)
+    return measure_plasticity(
+        model,
+        with_pixels(images, processor),
+        sources,
+        inputs=arguments.inputs,
+        max_pairs=arguments.max_pairs,
+        tolerance=arguments.tolerance,
+        confidence=arguments.confidence,
+        batch_size=arguments.measure_batch_size,
+        seed=arguments.measure_seed,
+        accelerator=state,
+        progress=progress,
+        selection=arguments.selection_options(),
+    )
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, top-5 accuracy and macro F1, for `Trainer(compute_metrics=...)`."""
+    values = _metrics(prediction)
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def _metrics(prediction: Any) -> dict[str, Any]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    result = load_metric().compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
+    return dict(result)
+
+
+class Epochs(TrainerCallback):
+    """Tell the training images which epoch it is, so that each epoch augments anew and a resumed one as it would have."""
+
+    def __init__(self, data: datasets.Dataset) -> None:
+        self.transform = transform_of(data)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.transform is not None:
+            self.transform.set_epoch(int(state.epoch or 0))
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Mark a checkpoint once all processes have written it, so that a half-written one is never resumed from."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        args.distributed_state.wait_for_everyone() if args.distributed_state is not None else None
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_whole(folder / WHOLE_NAME, json.dumps(_sizes(folder)))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != WHOLE_NAME)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest checkpoint of which every file was written, `None` if there is none."""
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        with contextlib.suppress(OSError, ValueError):
+            if number.isdigit() and json.loads((folder / WHOLE_NAME).read_text()) == _sizes(folder):
+                found[int(number)] = folder
+    return found[max(found)] if found else None
+
+
+def make_trainer(
+    model: nn.Module,
+    data: Mapping[str, datasets.Dataset],
+    processor: Any,
+    arguments: TrainingArguments,
+    *,
+    augment: str = "none",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """A `Trainer` on raw splits: pixels, labels, metrics and checkpoints that can be resumed are set up.
+
+    It sets `remove_unused_columns=False`, without which the trainer drops the images, and `label_names=["labels"]`, without
+    which it finds no labels behind a PEFT model and evaluates nothing.
+    """
+    arguments.remove_unused_columns = False
+    arguments.label_names = ["labels"]
+    train_data = with_pixels(data["train"], processor, augment, arguments.seed)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data,
+        eval_dataset=with_pixels(data["validation"], processor),
+        data_collator=collate,
+        compute_metrics=compute_metrics,
+        processing_class=processor,
+        callbacks=[Epochs(train_data), WholeCheckpoints(), *callbacks],
+    )
+
+
+def save_run(trainer: Trainer, folder: str | Path, card: Any = None) -> None:
+    """Save adapter, report and image processor; a reader finds the old files or the new ones, never a part of one.
+
+    Args:
+        card: The README; by default the one that `plastic_peft.hub.save_adapter` writes. Sharded runs get PEFT's.
+    """
+    target = Path(folder)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        if trainer.is_world_process_zero():
+            model: Any = trainer.accelerator.unwrap_model(trainer.model)
+            hub.save_adapter(model, target, image_processor=trainer.processing_class, card=card)
+        trainer.accelerator.wait_for_everyone()
+        return
+    # every process brings its shards, and the trainer knows how to gather them
+    temporary = target / ".saving"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(temporary))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        # a pickle of the training arguments: no part of an adapter that is passed on
+        (temporary / "training_args.bin").unlink(missing_ok=True)
+        # the config comes last: with it the folder is an adapter
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "adapter_config.json"):
+            file.replace(target / file.name)
+        temporary.rmdir()
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves behind.
+
+    Attributes:
+        metrics: `eval_*` on the validation and `test_*` on the test images, and the test's `confusion_matrix`.
+        selection: Exact names of the adapted modules with their scores; empty where `target_modules` were given.
+        report: The report selected by, `None` where `target_modules` were given.
+        trainable, parameters: Trainable and all parameters, head included.
+        trainer: The trainer with the trained model.
+    """
+
+    metrics: dict[str, Any]
+    selection: dict[str, float]
+    report: PlasticityReport | None
+    trainable: int
+    parameters: int
+    trainer: Trainer
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    plasticity_args: PlasticityArguments,
+    training_args: TrainingArguments,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    start_over: bool = False,
+) -> TrainResult:
+    """Measure or reuse a report, fine-tune, evaluate and save the adapter in `training_args.output_dir`.
+
+    Called again with the same arguments it resumes from the last whole checkpoint, with the same selection and without
+    measuring again.
+
+    Args:
+        callbacks: Further callbacks of the trainer.
+        start_over: Remove an earlier run from the output folder first.
+
+    Raises:
+        ValueError: If the output folder holds a run with other arguments, or as the steps do.
+        OSError: If the output folder cannot be written.
+    """
+    folder = Path(str(training_args.output_dir))
+    main = training_args.process_index == 0
+    asked = _asked(model_args, data_args, plasticity_args)
+    with training_args.main_process_first(local=False, desc="preparing the run"):
+        if main:
+            _open_run(folder, asked, start_over)
+        data = data_args.load(**({"token": model_args.token} if model_args.token else {}))
+    resumed = last_whole_checkpoint(folder)
+    # the adapter is pushed once, when it is whole, and not by the trainer at every checkpoint
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+
+    set_seed(training_args.seed)
+    labels = data["train"].features["label"].names
+    model, processor = load_model(model_args, labels)
+    model.to(training_args.device)
+    with _gathered(model):
+        report = _report_of_run(
+            folder, model, data["train"], processor, plasticity_args, data_args.source_name, training_args
+        )
+        # the same start for adapter and head, whether or not anything was measured
+        set_seed(training_args.seed)
+        adapted = _adapted(folder, model, report, plasticity_args, training_args)
+    trainable, parameters = adapted.get_nb_trainable_parameters()
+    logger.info(
+        "Training %s of %s parameters (%.2f %%).", f"{trainable:,}", f"{parameters:,}", 100 * trainable / parameters
+    )
+    if plasticity_args.track_every:
+        from .callback import PlasticityCallback
+
+        probe = with_pixels(
+            data["validation"].shuffle(seed=0).select(range(min(64, len(data["validation"])))), processor
+        )
+        callbacks = [*callbacks, PlasticityCallback(probe, every=plasticity_args.track_every)]
+    trainer = make_trainer(adapted, data, processor, training_args, augment=data_args.augmentation, callbacks=callbacks)
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
+
+    resume = training_args.resume_from_checkpoint or (str(resumed) if resumed else None)
+    if resume:
+        logger.info("Resuming from %s.", resume)
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    prediction = trainer.predict(with_pixels(data["test"], processor), metric_key_prefix="test")
+    metrics |= prediction.metrics or {}
+    metrics["confusion_matrix"] = _metrics(prediction)["confusion_matrix"]
+    selection = dict(adapted.peft_config["default"].selected_modules or {})
+    named = data_args.dataset_name or data_args.train_dir
+    shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+    card = functools.partial(model_card, adapted, report, metrics=shown, dataset=named)
+    save_run(trainer, folder, card())
+    if push and main:
+        repository = training_args.hub_model_id or folder.resolve().name
+        private, token = training_args.hub_private_repo, training_args.hub_token or model_args.token
+        commit = hub.push(
+            adapted, repository, image_processor=processor, card=card(repo_id=repository), private=private, token=token
+        )
+        logger.info("Pushed the adapter to %s.", commit.repo_url)
+    if main:
+        record = {
+            "metrics": metrics,
+            "selection": selection,
+            "trainable_parameters": trainable,
+            "parameters": parameters,
+            "training_images": class_counts(data["train"]),
+            "steps": trainer.state.global_step,
+            "processes": training_args.world_size,
+        }
+        write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
+    return TrainResult(metrics, selection, report, trainable, parameters, trainer)
+
+
+def _asked(*arguments: Any) -> dict[str, Any]:
+    """What decides the result of a run, besides the training arguments."""
+    aside = ("cache_dir", "token", "track_every")
+    values = {f.name: getattr(a, f.name) for a in arguments for f in fields(a) if f.name not in aside}
+    return dict(json.loads(json.dumps(values)))
+
+
+def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
+    """Note what was asked for, or check that it is what the folder's earlier run was asked for."""
+    if start_over and folder.is_dir():
+        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, REPORT_NAME):
+            (folder / name).unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    note = folder / RUN_NAME
+    if note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} {before.get(key)!r} -> {value!r}" for key, value in asked.items() if before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
+                "output_dir, or remove it with start_over (--start_over)."
+            )
+        return
+    try:
+        write_whole(note, json.dumps(asked, indent=1))
+    except OSError as error:
+        raise OSError(
+            f"The output folder {folder} cannot be written ({error}): choose another with --output_dir."
+        ) from None
+
+
+def _report_of_run(
+    folder: Path,
+    model: nn.Module,
+    images: datasets.Dataset,
+    processor: Any,
+    arguments: PlasticityArguments,
+    source: str | None,
+    training: TrainingArguments,
+) -> PlasticityReport | None:
+    if arguments.target_modules is not None:
+        return None
+    if (folder / REPORT_NAME).is_file():
+        logger.info("Using the report in %s.", folder)
+        return PlasticityReport.load(folder)
+    if arguments.report is not None:
+        report = PlasticityReport.load(arguments.report)
+    else:
+        state = training.distributed_state if training.world_size > 1 else None
+        report = measure(
+            model, images, processor, arguments, source=source, state=state, progress=not training.disable_tqdm
+        )
+        logger.info("Measured %d pairs (%s).", report.pairs, report.stopped)
+    if training.process_index == 0:
+        report.save(folder)
+    return report
+
+
+def _adapted(
+    folder: Path,
+    model: nn.Module,
+    report: PlasticityReport | None,
+    arguments: PlasticityArguments,
+    training: TrainingArguments,
+) -> Any:
+    """The model with its adapter, on the selection that the run made before where there is one."""
+    note = folder / SELECTION_NAME
+    settled = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and report is not None else {}
+    adapted = peft.get_peft_model(model, arguments.to_config(report, **settled))  # type: ignore[arg-type]
+    config: Any = adapted.peft_config["default"]
+    if training.process_index == 0 and not settled and config.selected_modules is not None:
+        kept = ("selected_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
+        write_whole(note, json.dumps({name: getattr(config, name) for name in kept}, indent=1))
+    return adapted
+
+
+@contextlib.contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Whole weights on every process, where DeepSpeed ZeRO-3 has split them while loading."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+__all__ = [
+    "TRAINING_DEFAULTS",
+    "DataArguments",
+    "ModelArguments",
+    "PlasticityArguments",
+    "TrainResult",
+    "compute_metrics",
+    "last_whole_checkpoint",
+    "load_model",
+    "make_trainer",
+    "measure",
+    "save_run",
+    "train",
+    "training_arguments",
+]
