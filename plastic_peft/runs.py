@@ -68,7 +68,7 @@ def compare(
     plasticity_args = replace(plasticity_args, report=str(folder / REPORT_NAME))
     ways = {method: way_of(method, report, plasticity_args) for method in methods}
 
-    records = []
+    records: list[dict[str, Any]] = []
     for method, way in ways.items():
         runs = []
         for rate in learning_rates:
