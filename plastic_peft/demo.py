@@ -76,6 +76,7 @@ def main(output: str = "demo_output") -> None:
             eval_strategy="no",
             save_strategy="no",
             dataloader_pin_memory=False,
+            disable_tqdm=False,
             use_cpu=True,
         )
         trainer = make_trainer(model, data, processor, arguments)

@@ -20,6 +20,7 @@ from typing import Any, Literal, Optional
 import datasets
 import numpy as np
 import peft
+import torch
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -258,7 +259,9 @@ def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -
         head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     path = str(VIT_NANO) if name == VIT_NANO.name else name
     try:
-        model = AutoModelForImageClassification.from_pretrained(path, ignore_mismatched_sizes=True, **head, **where)
+        model = AutoModelForImageClassification.from_pretrained(
+            path, ignore_mismatched_sizes=True, dtype=torch.float32, **head, **where
+        )
         processor = AutoImageProcessor.from_pretrained(path, **where)
     except OSError as error:
         raise FileNotFoundError(f"Model {name} cannot be loaded: {str(error).splitlines()[0]}") from error

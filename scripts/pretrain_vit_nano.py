@@ -166,6 +166,9 @@ def export(model: ViTForImageClassification, args: Arguments, record: dict, test
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(output)
+    # the file is small in float16, but the model is for training: loading makes float32 of it
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
