@@ -3,6 +3,8 @@
 Importing the package registers the method with PEFT.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .bounds import plasticity_bounds
 from .components import Component, find_components
 from .measure import measure_plasticity
@@ -11,15 +13,54 @@ from .selection import Selection
 from .tuner import PlasticityConfig, PlasticityModel
 
 
+if TYPE_CHECKING:
+    from .callback import PlasticityCallback
+    from .embedded import load_vit_nano, vit_nano_source_images
+    from .export import export_lora, export_merged
+    from .hub import AutoPlasticModelForImageClassification, push, save_adapter
+
+
 __version__ = "0.1.0"
 
+# what needs the trainer or the Hub client loads when it is asked for
+_LATER = {
+    "AutoPlasticModelForImageClassification": "hub",
+    "PlasticityCallback": "callback",
+    "export_lora": "export",
+    "export_merged": "export",
+    "load_vit_nano": "embedded",
+    "push": "hub",
+    "save_adapter": "hub",
+    "vit_nano_source_images": "embedded",
+}
+
 __all__ = [
+    "AutoPlasticModelForImageClassification",
     "Component",
+    "PlasticityCallback",
     "PlasticityConfig",
     "PlasticityModel",
     "PlasticityReport",
     "Selection",
+    "export_lora",
+    "export_merged",
     "find_components",
+    "load_vit_nano",
     "measure_plasticity",
     "plasticity_bounds",
+    "push",
+    "save_adapter",
+    "vit_nano_source_images",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

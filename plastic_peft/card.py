@@ -118,7 +118,7 @@ def _plasticity(report: PlasticityReport | None) -> str:
     for role, row in report.by_role().iterrows():
         name = LABELS.get(str(role), str(role))
         lines.append(
-            f"| {name} | {row.blocks} | {row.parameters:,} | {row['mean']:.4g} | {row.lowest:.4g} | {row.highest:.4g} |"
+            f"| {name} | {int(row.blocks)} | {int(row.parameters):,} | {row['mean']:.4g} | {row.lowest:.4g} | {row.highest:.4g} |"
         )
     return "\n".join([*lines, "", "![Plasticity over depth](plasticity.png)"])
 
