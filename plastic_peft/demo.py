@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 # peft asks transformers for a property under its older name
@@ -46,6 +47,7 @@ def main(output: str = "demo_output") -> None:
         transformers.utils.logging.disable_progress_bar()
         transformers.set_seed(0)
         data = DataArguments(dataset_name="digits").load()
+        model: Any
         model, processor = load_model(ModelArguments("vit_nano"), data["train"].features["label"].names)
         sizes = {name: len(split) for name, split in data.items()}
         print(f"{model.num_parameters():,} parameters; images: {sizes}")
@@ -82,9 +84,13 @@ def main(output: str = "demo_output") -> None:
         trainer = make_trainer(model, data, processor, arguments)
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         test = with_pixels(data["test"], processor)
-        before = trainer.predict(test).metrics["test_accuracy"]
+
+        def accuracy() -> float:
+            return (trainer.predict(test).metrics or {})["test_accuracy"]
+
+        before = accuracy()
         trainer.train()
-        after = trainer.predict(test).metrics["test_accuracy"]
+        after = accuracy()
         print(f"test accuracy {before:.1%} before, {after:.1%} after")
 
     with step(5, "Save the adapter, load it in a fresh process, predict", times):
@@ -134,8 +140,8 @@ def predict(adapter: str, images: str) -> None:
     from .hub import AutoPlasticModelForImageClassification
 
     transformers.logging.set_verbosity_error()
-    model = AutoPlasticModelForImageClassification.from_pretrained(adapter)
-    classify = transformers.pipeline(
+    model: Any = AutoPlasticModelForImageClassification.from_pretrained(adapter)
+    classify: Any = transformers.pipeline(
         "image-classification", model=model, image_processor=model.image_processor, device="cpu"
     )
     pictures = [Image.open(path) for path in sorted(Path(images).iterdir())]

@@ -1,0 +1,244 @@
+"""Cost and figures of the measurement, against a bare forward pass and against the paper's protocol.
+
+    python benchmarks/measurement.py overhead
+    python benchmarks/measurement.py bounds
+    python benchmarks/measurement.py pairs --model DIR --source source.parquet --target target.parquet --name cifar10
+    python benchmarks/measurement.py reference --model DIR --source ... --target ... --reference reference.json
+
+Each writes benchmarks/results/measurement_<what>.json; `python benchmarks/table.py` makes docs/benchmarks.md of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import datasets
+import numpy as np
+import torch
+from common import peak_memory, ratio, save, side_by_side
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from plastic_peft import PlasticityReport, load_vit_nano, measure_plasticity, plasticity_bounds
+from plastic_peft.bounds import attention_bound, spectral_norm
+
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+DEIT_TINY = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3)
+
+
+def pixels(rows: datasets.Dataset, size: int = 224) -> torch.Tensor:
+    """The preprocessing that the reference figures were made with: bilinear PIL resize, ImageNet mean and deviation."""
+
+    def one(image: Image.Image) -> torch.Tensor:
+        array = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)) / 255
+        return torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1).float()
+
+    return torch.stack([one(row["image"]) for row in rows])
+
+
+def load(path: str) -> datasets.Dataset:
+    return datasets.load_dataset("parquet", data_files=path, split="train")
+
+
+@torch.no_grad()
+def reference_protocol(model: ViTForImageClassification, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """What the paper describes: the embedding through every component of every block, all activations to the host."""
+
+    def activations(part: torch.Tensor) -> list[torch.Tensor]:
+        e = model.vit.embeddings(part)
+        kept = [e]
+        for layer in model.vit.layers:
+            padded = torch.cat(
+                [e, torch.zeros_like(e).repeat(1, 1, layer.mlp.fc2.in_features // e.shape[-1] - 1)], dim=-1
+            )
+            kept += [layer.layernorm_before(e), layer.attention(e)[0], layer.layernorm_after(e), layer.mlp.fc1(e)]
+            kept.append(layer.mlp.fc2(padded))
+        return [tensor.cpu().clone() for tensor in kept]
+
+    for x, y in zip(activations(sources), activations(targets), strict=True):
+        ((x - y) ** 2).flatten(1).sum(-1).sqrt()
+
+
+def overhead(arguments: argparse.Namespace) -> None:
+    results = []
+    makers = {
+        "vit_nano": load_vit_nano,
+        "deit_tiny": lambda: ViTForImageClassification(ViTConfig(**DEIT_TINY)),
+        "vit_b": lambda: ViTForImageClassification(ViTConfig()),
+    }
+    for name, make in makers.items():
+        torch.manual_seed(0)
+        model = make().eval()
+        size = model.config.image_size
+        for pairs in (8, 32) if name != "vit_b" else (4, 8):
+            sources, targets = torch.randn(2, 2 * pairs, 3, size, size)
+            both = [torch.cat([sources[i : i + pairs], targets[i : i + pairs]]) for i in (0, pairs)]
+
+            def bare(model=model, both=both) -> None:
+                with torch.no_grad():
+                    for part in both:
+                        model(pixel_values=part)
+
+            def measured(inputs: str, model=model, sources=sources, targets=targets, pairs=pairs):
+                options = dict(inputs=inputs, batch_size=pairs, tolerance=0, progress=False)
+                return lambda: measure_plasticity(model, targets, sources, **options)
+
+            ways = {"bare": bare, "hidden": measured("hidden"), "embedding": measured("embedding")}
+            ways["reference"] = lambda model=model, s=sources, t=targets: reference_protocol(model, s, t)
+            seconds = side_by_side(ways, arguments.rounds)
+            memory = {way: round(peak_memory(call), 1) for way, call in ways.items()}
+            row = {
+                "model": name,
+                "pairs_per_batch": pairs,
+                "batches": 2,
+                "bare_seconds": round(fmean(seconds["bare"]), 3),
+            }
+            row |= {f"{way}_over_bare": ratio(seconds, way, "bare") for way in ways if way != "bare"}
+            row["peak_mib"] = memory
+            results.append(row)
+            print(json.dumps(row), flush=True)
+    save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
+
+
+def bounds(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig()).eval()
+    linears = [m.weight.detach() for m in model.vit.layers.modules() if isinstance(m, torch.nn.Linear)]
+    attentions = [[getattr(layer.attention, f"{x}_proj").weight.detach() for x in "qkvo"] for layer in model.vit.layers]
+    tokens, radius, size = 197, 10.0, model.vit.layers[0].attention.head_dim
+
+    def ours() -> list[float]:
+        heads = [attention_bound(*weights, size, n=tokens, r=radius) for weights in attentions]
+        return [spectral_norm(w) for w in linears] + heads
+
+    def largest(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svdvals(matrix)[0]
+
+    def full_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor) -> float:
+        bound = 0.0
+        for first in range(0, len(q), size):
+            head = slice(first, first + size)
+            a = largest(q[head].T @ k[head]) / size**0.5
+            factor = torch.sqrt(3 * tokens + (12 * tokens + 3) * radius**4 * a**2)
+            bound += float(largest(o[:, head]) * largest(v[head]) * factor)
+        return bound
+
+    def full() -> list[float]:
+        return [float(largest(w)) for w in linears] + [full_attention(*weights) for weights in attentions]
+
+    error = max(abs(a / b - 1) for a, b in zip(ours(), full(), strict=True))
+    seconds = side_by_side({"ours": ours, "full_svd": full}, rounds=3)
+    row = {"model": "vit_b", "linears": len(linears), "attentions": len(attentions), "largest_relative_error": error}
+    row["full_svd_over_ours"] = ratio(seconds, "full_svd", "ours")
+    row["all_bounds_seconds"] = round(side_by_side({"all": lambda: plasticity_bounds(model)}, 2)["all"][0], 2)
+    print(json.dumps(row))
+    save("measurement_bounds", [row])
+
+
+def reference(arguments: argparse.Namespace) -> None:
+    wanted = json.loads(Path(arguments.reference).read_text())["rows"]
+    model = AutoModelForImageClassification.from_pretrained(arguments.model)
+    count = next(iter(next(iter(wanted.values())).values()))["n"]
+    sources, targets = (pixels(load(path).select(range(count))) for path in (arguments.source, arguments.target))
+    report = measure_plasticity(model, targets, sources, inputs="embedding", tolerance=0, batch_size=16)
+    rows = [r for r in report.select_rows("component") if r.role in wanted]
+    error = dict.fromkeys(wanted, 0.0)
+    for r in rows:
+        error[r.role] = max(error[r.role], abs(r.mean / wanted[r.role][str(r.block)]["mean"] - 1))
+    result = {
+        "components": len(rows),
+        "largest_relative_difference": error,
+        "by_role": report.by_role()["mean"].to_dict(),
+    }
+    print(json.dumps(result))
+    save("measurement_reference", [result], pairs=count)
+
+
+POLICIES = {
+    "best role, full": dict(top_k=1, adapter="full"),
+    "best role, LoRA": dict(top_k=1),
+    "budget of 2 %, LoRA": dict(budget=0.02),
+    "best role by shift, LoRA": dict(top_k=1, signal="shift"),
+    "12 modules": dict(top_k=12, granularity="module"),
+    "12 modules within roles": dict(top_k=12, granularity="module", within="role"),
+}
+
+
+def pooled(reports: list[PlasticityReport]) -> PlasticityReport:
+    """One report with the means over reports of equally many pairs."""
+
+    def mean_row(*rows):
+        values = {key: fmean(getattr(r, key) for r in rows) for key in ("mean", "source_source", "target_target")}
+        return replace(rows[0], **values, shift=values["mean"] / values["source_source"])
+
+    return replace(reports[0], rows=tuple(map(mean_row, *(r.rows for r in reports))))
+
+
+def pairs(arguments: argparse.Namespace) -> None:
+    """How many pairs a selection needs: disjoint draws of up to 640 pairs against all of them together."""
+    step, seeds = 32, 20
+    model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
+    source, target = load(arguments.source), load(arguments.target)
+    sources = pixels(source)
+    generator = torch.Generator().manual_seed(0)
+    total = arguments.pairs
+
+    def order(n: int) -> list[int]:
+        drawn = [torch.randperm(n, generator=generator) for _ in range(-(-total // n))]
+        return torch.cat(drawn)[:total].tolist()
+
+    left, right = order(len(source)), order(len(target))
+    chunks = []
+    for first in tqdm(range(0, total, step), desc=arguments.name, mininterval=10):
+        part = slice(first, first + step)
+        options = dict(batch_size=step, tolerance=0, progress=False, inputs=arguments.inputs)
+        chunks.append(measure_plasticity(model, pixels(target.select(right[part])), sources[left[part]], **options))
+    everything = pooled(chunks)
+    each = len(chunks) // seeds
+    results = []
+    for policy, options in POLICIES.items():
+        final = set(everything.select(**options).modules)
+        needed = []
+        for seed in range(seeds):
+            mine = chunks[seed * each : (seed + 1) * each]
+            same = [set(pooled(mine[: k + 1]).select(**options).modules) == final for k in range(each)]
+            last_wrong = max((k for k, right_one in enumerate(same) if not right_one), default=-1)
+            needed.append((last_wrong + 2) * step if last_wrong + 1 < each else None)
+        settled = [n for n in needed if n is not None]
+        row = {"policy": policy, "needed": needed, "worst": max(settled, default=None), "missed": seeds - len(settled)}
+        results.append(row)
+        print(json.dumps(row), flush=True)
+    ranking = everything.by_role()[["mean", "shift"]].round(4).to_dict("index")
+    save(
+        f"measurement_pairs_{arguments.name}",
+        results,
+        pairs=total,
+        seeds=seeds,
+        pairs_per_seed=each * step,
+        step=step,
+        inputs=arguments.inputs,
+        ranking=ranking,
+    )
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["overhead", "bounds", "reference", "pairs"])
+    parser.add_argument("--model", help="folder or id of a ViT classifier")
+    parser.add_argument("--source", help="parquet file of source images")
+    parser.add_argument("--target", help="parquet file of target images")
+    parser.add_argument("--reference", help="JSON of the reference implementation's figures")
+    parser.add_argument("--name", default="target", help="name of the target set, for the result's file")
+    parser.add_argument("--pairs", type=int, default=12_800)
+    parser.add_argument("--inputs", default="hidden")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    globals()[given.what](given)
