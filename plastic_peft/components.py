@@ -258,6 +258,7 @@ class _Unit:
     start: int
     out_sum: float
     feeding: list[str]
+    output: str | None = None
 
 
 def _image_dim(tensor: torch.Tensor, images: int = _IMAGES) -> int | None:
@@ -444,13 +445,17 @@ class _Tracer:
                 feeding.append(leaf.name)
         if not feeding:
             return
-        # a query reaches its own token only: it is known by moving what the output projection receives
-        last = max(self.leaves[n].start for n in feeding)
-        output = next((leaf for leaf in linears if leaf.start > last), None)
+        # the output projection is the first linear that receives what was mixed; a query, which reaches its own token
+        # only, receives nothing mixed and moves what the output projection receives, or the output where there is none
+        downstream = noise_on(self.leaves[feeding[0]], linears)[1]
+        output = next((leaf for leaf in linears if leaf.name in downstream), None)
         for leaf in linears:
-            if output and leaf.name not in feeding and leaf.start < output.start and noise_on(leaf, [output])[1]:
+            if leaf.name in feeding or leaf.name in downstream:
+                continue
+            after, moved = noise_on(leaf, [output] if output else [])
+            if moved or (output is None and after is not None and not torch.equal(after, y)):
                 feeding.append(leaf.name)
-        self.units.append(_Unit(name, start, _checksum(y), feeding))
+        self.units.append(_Unit(name, start, _checksum(y), feeding, output.name if output else None))
 
 
 def _perturb_token(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -523,14 +528,9 @@ def _common_ancestor(names: list[str]) -> str:
 
 
 def _attention_output(unit: _Unit, leaves: list[Leaf]) -> Leaf | None:
-    """The output projection: inside the unit the first linear after those that feed it, else the one that reads it."""
-    inside = [
-        leaf for leaf in leaves if leaf.linear and _inside(leaf.name, unit.name) and leaf.name not in unit.feeding
-    ]
-    last = max((leaf.start for leaf in leaves if leaf.name in unit.feeding), default=unit.start)
-    after = [leaf for leaf in inside if leaf.start > last]
-    if after:
-        return after[0]
+    """The output projection: inside the unit as traced, else the linear outside that reads what the unit puts out."""
+    if unit.output is not None:
+        return next(leaf for leaf in leaves if leaf.name == unit.output)
     for leaf in leaves:
         outside = leaf.linear and leaf.start > unit.start and not _inside(leaf.name, unit.name)
         if outside and abs(leaf.in_sum - unit.out_sum) <= 1e-6 * abs(unit.out_sum):
