@@ -209,21 +209,23 @@ def push(
         ValueError: As `save_adapter`.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses, for example for want of rights.
     """
-    base = plasticity_config(peft_model, adapter_name).base_model_name_or_path or ""
+    config = plasticity_config(peft_model, adapter_name)
+    base = str(config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", ""))
     if not _is_repo_id(base) or Path(base).is_dir():
         warnings.warn(
             f"The base model {base!r} is not on the Hub, so that others have to pass base_model= to load {repo_id}.",
             stacklevel=2,
         )
     with tempfile.TemporaryDirectory() as folder:
-        if card is None:
-            used = report if report is not None else plasticity_config(peft_model, adapter_name).report
-            card = model_card(peft_model, used, adapter_name=adapter_name, repo_id=repo_id)
         save_adapter(
             peft_model, folder, adapter_name=adapter_name, report=report, image_processor=image_processor, card=card
         )
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if card is None:
+            used = report if report is not None else config.report
+            card = model_card(peft_model, used, adapter_name=adapter_name, repo_id=repo_id)
+            write_whole(Path(folder) / "README.md", str(card))
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision)
 
 

@@ -39,7 +39,7 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
         if isinstance(entry, WeightRenaming) and not isinstance(entry, PrefixChange)
     ]
     backward: list[Any] = [entry.reverse_transform() for entry in reversed(forward)]
-    names = (name for name, _, _ in named_leaves(model) if name)
+    names = [name for name, module, _ in named_leaves(model) if name and next(module.parameters(), None) is not None]
     filed = {name: rename_source_key(f"{name}.weight", backward, [])[0].removesuffix(".weight") for name in names}
     return {name: other for name, other in filed.items() if other != name}
 

@@ -147,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.server_hub.repositories:
             self._answer(409, {"error": "You already created this model repo", **found})
             return
-        self.server_hub.repositories[name] = Repository(owner, private=bool(wanted.get("private")), commits=["created"])
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        self.server_hub.repositories[name] = Repository(owner, private=private, commits=["created"])
         self._answer(200, found)
 
     def validate_yaml(self) -> None:
