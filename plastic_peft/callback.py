@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ class PlasticityCallback(TrainerCallback):
 
     The model stays as it is: training goes on exactly as without the callback. `plasticity_curve.json` in the output
     folder holds for each step that was measured the plasticity of every component (`plasticity`), the norm of the
-    gradients of its trainable parameters (`gradient_norm`, after clipping, 0 where none is trained), and whether it is
+    gradients of its trainable parameters (`gradient_norm`, after clipping; 0 where none is trained, `null` before the
+    first step), and whether it is
     adapted (`selected`); `plasticity_curve.png` draws the means over depth. A resumed run carries the curve on.
 
     Cost: one measurement is a forward pass, without gradients, of all probe images and of the three images that the model
@@ -116,18 +118,18 @@ class PlasticityCallback(TrainerCallback):
             for color, role in enumerate(BLOCK_ROLES):
                 for selected in (True, False):
                     values = _mean_over_depth(self.curve, key, role, selected)
-                    if values is None or (key == "gradient_norm" and not any(values)):
+                    if values is None or (key == "gradient_norm" and not selected):
                         continue
                     style, kind = ("-", "adapted") if selected else ("--", "frozen")
                     label = f"{LABELS[role]}, {kind}"
                     axes.plot(
                         self.curve["steps"], values, style, color=f"C{color}", label=label, marker="o", markersize=3
                     )
-            axes.set(xlabel="step", title=title)
+            axes.set(xlabel="step", title=title, yscale="log")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.lines:
-                axes.legend(fontsize=7, frameon=False)
+                axes.legend(fontsize=7, frameon=False, handlelength=4)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -161,7 +163,7 @@ class PlasticityCallback(TrainerCallback):
         for row in rows:
             entry = self.curve["components"][_key(row)]
             entry["plasticity"].append(row.mean)
-            entry["gradient_norm"].append(self._norms.get(_key(row), 0.0))
+            entry["gradient_norm"].append(self._norms.get(_key(row)))
         if state.is_world_process_zero:
             write_whole(self._folder(args) / CURVE_NAME, json.dumps(self.curve))
         if self.trainer is not None:
@@ -174,7 +176,7 @@ class PlasticityCallback(TrainerCallback):
                 kind = "adapted" if selected else "frozen"
                 for key in ("plasticity", "gradient_norm"):
                     values = _mean_over_depth(self.curve, key, role, selected)
-                    if values is not None and (selected or key == "plasticity"):
+                    if values is not None and not math.isnan(values[-1]) and (selected or key == "plasticity"):
                         logs[f"{key}_{kind}/{role}"] = values[-1]
         return logs
 
@@ -219,7 +221,9 @@ def _mean_over_depth(curve: dict[str, Any], key: str, role: str, selected: bool)
     entries = [
         entry[key] for entry in curve["components"].values() if entry["role"] == role and entry["selected"] == selected
     ]
-    return [sum(values) / len(values) for values in zip(*entries, strict=True)] if entries else None
+    if not entries:
+        return None
+    return [math.nan if None in values else sum(values) / len(values) for values in zip(*entries, strict=True)]
 
 
 def _until(curve: dict[str, Any], step: int) -> dict[str, Any]:

@@ -610,7 +610,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.nullcontext() if helping else contextlib.redirect_stdout(sys.stderr):
             result = command.run(arguments[1:], parser)
         if result:
-            print(result)
+            print(result, flush=True)
+    except BrokenPipeError:
+        # the reader, such as head, has seen enough; Python would complain again when it closes standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 2
     except KeyboardInterrupt:

@@ -1,0 +1,300 @@
+"""Training from images to adapter: runs that resume after any kill, on one process and several, and plasticity curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import transformers_model
+from safetensors.torch import load_file
+from transformers import ViTImageProcessorPil
+
+from plastic_peft.callback import PlasticityCallback, gradient_norms
+from plastic_peft.data import load_images, with_pixels
+from plastic_peft.runs import compare, half_width, way_of
+from plastic_peft.train import (
+    DataArguments,
+    ModelArguments,
+    PlasticityArguments,
+    last_whole_checkpoint,
+    load_model,
+    make_trainer,
+    train,
+    training_arguments,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Folder of a saved tiny model with its image processor."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    transformers_model("vit").save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def asked(base, **options):
+    data = DataArguments("digits", max_train_samples=160, max_eval_samples=48, augment="crop")
+    plasticity = PlasticityArguments(max_pairs=32, **{"budget": "0.1", "r": 2, "lora_dropout": 0.1, **options})
+    return ModelArguments(base), data, plasticity
+
+
+def run_options(folder, **options):
+    return training_arguments(
+        str(folder),
+        **{
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 16,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+
+
+def in_a_process(function, log: Path):
+    """Start `function` in a process of its own, with this one's imports; its output goes to `log`."""
+
+    def start():
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    return process
+
+
+def wait_for(condition, process):
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "options", [{"adapter": "lora"}, {"adapter": "full", "lora_dropout": 0.0}], ids=["lora", "full"]
+)
+def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(base, tmp_path, options):
+    """A cluster kills jobs: the restarted one must neither measure again, nor read half a file, nor train differently."""
+
+    def run(folder):
+        return lambda: train(*asked(base, **options), run_options(folder, logging_steps=1))
+
+    whole = in_a_process(run(tmp_path / "whole"), tmp_path / "whole.log")
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()[-2000:]
+
+    broken, log = tmp_path / "broken", tmp_path / "broken.log"
+    chance = random.Random(1)
+    moments = [
+        lambda: broken.exists(),
+        lambda: (broken / "plasticity_report.json").exists(),
+        lambda: (broken / "checkpoint-3").exists(),
+        lambda: (broken / "checkpoint-9" / "optimizer.pt").exists(),
+        lambda: (broken / "checkpoint-15" / "whole.json").exists(),
+        lambda: (broken / "adapter_model.safetensors").exists(),
+    ]
+    killed = 0
+    for moment in moments:
+        process = in_a_process(run(broken), log)
+        wait_for(moment, process)
+        time.sleep(chance.uniform(0, 0.03))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+    last = in_a_process(run(broken), log)
+    last.join()
+    assert last.exitcode == 0, log.read_text()[-2000:]
+    assert killed >= 4
+    # with the report there, nothing is measured again
+    assert "Measured" not in log.read_text().partition("Using the report")[2]
+    assert "Resuming from" in log.read_text()
+    for name in ("plasticity_report.json", "plasticity_selection.json"):
+        assert (broken / name).read_text() == (tmp_path / "whole" / name).read_text()
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    found = load_file(broken / "adapter_model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", broken)]
+    for key in ("eval_loss", "test_loss", "test_accuracy", "confusion_matrix"):
+        assert results[0]["metrics"][key] == results[1]["metrics"][key]
+    assert results[0]["selection"] == results[1]["selection"]
+
+
+def test_a_checkpoint_counts_only_when_all_of_it_was_written(tmp_path):
+    """The trainer writes checkpoints file by file; after a kill the newest folder may hold half of one."""
+    assert last_whole_checkpoint(tmp_path) is None
+    for step in (5, 10, 15, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("1234")
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}" / "whole.json").write_text('{"weights": 4}')
+    (tmp_path / "checkpoint-15" / "weights").write_text("12")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "whole.json").write_text('{"weights"')
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_another_run_in_the_folder_is_neither_resumed_nor_overwritten(base, tmp_path):
+    """Resuming under other arguments would mix two runs; overwriting would destroy one."""
+    train(*asked(base), run_options(tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match="holds a run with other arguments.*budget '0.1' -> '0.2'.*--start_over"):
+        train(*asked(base, budget="0.2"), run_options(tmp_path, max_steps=2))
+    result = train(*asked(base, budget="0.2"), run_options(tmp_path, max_steps=2), start_over=True)
+    assert result.trainable > 0
+    assert json.loads((tmp_path / "plasticity_run.json").read_text())["budget"] == "0.2"
+
+
+def test_what_cannot_be_run_says_so_before_any_work(base, tmp_path):
+    """A run that fails to save after hours, or for want of data, is the dearest kind of error."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="cannot be written.*--output_dir"):
+        train(*asked(base), run_options(blocked / "run"))
+    model, _, plasticity = asked(base)
+    with pytest.raises(FileNotFoundError, match="/nowhere does not exist"):
+        train(model, DataArguments("/nowhere"), plasticity, run_options(tmp_path / "a"))
+    with pytest.raises(FileNotFoundError, match="Model /no/model cannot be loaded"):
+        train(ModelArguments("/no/model"), DataArguments("digits"), plasticity, run_options(tmp_path / "b"))
+    with pytest.raises(ValueError, match="budget='much' is no number"):
+        PlasticityArguments(budget="much")
+
+
+def test_a_pretrained_model_learns_and_the_saved_adapter_predicts_the_same(tmp_path):
+    """The whole path with real weights: if pixels, labels or head went wrong anywhere, accuracy would show it."""
+    from plastic_peft import AutoPlasticModelForImageClassification
+
+    data = DataArguments("digits", max_train_samples=640, max_eval_samples=128)
+    options = run_options(tmp_path, num_train_epochs=3, save_strategy="no", learning_rate=5e-3)
+    result = train(ModelArguments("vit_nano"), data, PlasticityArguments(max_pairs=64, budget="0.03"), options)
+    assert result.metrics["test_accuracy"] > 0.8
+    model = AutoPlasticModelForImageClassification.from_pretrained(tmp_path).eval()
+    rows = with_pixels(data.load()["test"], model.image_processor)[:]
+    with torch.no_grad():
+        predicted = model(rows["pixel_values"]).logits.argmax(-1)
+    accuracy = (predicted == torch.tensor(rows["labels"])).float().mean().item()
+    assert accuracy == pytest.approx(result.metrics["test_accuracy"])
+    assert sum(sum(row) for row in result.metrics["confusion_matrix"]) == 128
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_two_processes_select_and_train_like_one(base, tmp_path):
+    """With more processes the selection must stay, and the adapter must load in one process afterwards."""
+    flags = ["--model_name_or_path", base, "--dataset_name", "digits", "--max_train_samples", "160", "--budget", "0.1"]
+    flags += ["--max_eval_samples", "48", "--max_pairs", "32", "--r", "2", "--max_steps", "4", "--save_steps", "2"]
+    flags += ["--save_strategy", "steps", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
+    # accelerate's --cpu starts a single process; its multi-GPU launcher with --use_cpu starts two that talk by gloo
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--num_cpu_threads_per_process", "1", "-m", "plastic_peft", "train", "--output_dir", str(tmp_path)]
+    done = subprocess.run([*launch, *flags, "--json"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2
+
+    model, data, plasticity = asked(base, lora_dropout=0.0)
+    data.augment = "auto"
+    one = train(model, data, plasticity, run_options(tmp_path / "one", max_steps=4))
+    assert list(one.selection) == list(two["selection"])
+    assert one.metrics["test_loss"] == pytest.approx(two["metrics"]["test_loss"], abs=0.02)
+    checkpoint = last_whole_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.name == "checkpoint-4"
+    from plastic_peft import AutoPlasticModelForImageClassification
+
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(checkpoint)
+    assert list(loaded.peft_config["default"].selected_modules) == list(one.selection)
+
+
+def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
+    """A curve that disturbed the training it watches, or forgot its past on resuming, would be worth nothing."""
+    arguments = asked(base, track_every=4)
+    watched = train(*arguments, run_options(tmp_path / "a", max_steps=8))
+    plain = train(*asked(base), run_options(tmp_path / "b", max_steps=8))
+    assert watched.metrics["test_loss"] == plain.metrics["test_loss"]
+    curve = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
+    assert curve["steps"] == [0, 4, 8]
+    adapted = {key: entry for key, entry in curve["components"].items() if entry["selected"]}
+    assert adapted and len(adapted) < len(curve["components"])
+    for entry in curve["components"].values():
+        assert len(entry["plasticity"]) == len(entry["gradient_norm"]) == 3
+        assert entry["gradient_norm"][0] is None
+        assert (entry["gradient_norm"][1] > 0) == entry["selected"]
+    assert any(entry["plasticity"][0] != entry["plasticity"][2] for entry in adapted.values())
+    assert (tmp_path / "a" / "plasticity_curve.png").stat().st_size > 1000
+    logged = [entry for entry in watched.trainer.state.log_history if "plasticity_frozen/norm_mlp" in entry]
+    assert [entry["step"] for entry in logged] == [0, 4, 8]
+
+    # a run that resumes at step 6 keeps what was measured up to there, and measures at 8 again
+    for stale in ("checkpoint-8",):
+        (tmp_path / "a" / stale / "whole.json").unlink()
+    train(*arguments, run_options(tmp_path / "a", max_steps=8))
+    again = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
+    assert again["steps"] == curve["steps"] and again["components"] == curve["components"]
+
+
+def test_gradient_norms_are_those_of_the_parameters(base):
+    """The paper's figure plots them per component; a name that matches too much would add up neighbours."""
+    model, _ = load_model(ModelArguments(base))
+    model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
+    layer = model.vit.layers[1].mlp
+    expected = torch.cat([p.grad.flatten() for p in layer.fc1.parameters()]).norm()
+    found = gradient_norms(model, {"a": ["vit.layers.1.mlp.fc1"], "none": ["vit.layers.1.mlp.fc"]})
+    assert found["a"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["none"] == 0.0
+    with pytest.raises(ValueError, match="every=0"):
+        PlasticityCallback(torch.randn(4, 3, 32, 32), every=0)
+
+
+def test_a_plain_trainer_on_these_parts_evaluates(base, tmp_path):
+    """Without label_names a trainer finds no labels behind a PEFT model and reports no accuracy at all."""
+    data = load_images("digits")
+    model, processor = load_model(ModelArguments(base, image_size=64), data["train"].features["label"].names)
+    import peft
+
+    adapted = peft.get_peft_model(model, PlasticityArguments(target_modules=["fc1"], r=2).to_config())
+    data["validation"] = data["validation"].select(range(16))
+    trainer = make_trainer(adapted, data, processor, run_options(tmp_path, max_steps=1, remove_unused_columns=True))
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    assert trainer.eval_dataset[0]["pixel_values"].shape == (3, 64, 64)
+
+
+def test_a_comparison_spends_equal_parameters_and_resumes(base, tmp_path):
+    """A method that may train more than the others would win unfairly, and a killed comparison is hours of work."""
+    model, data, plasticity = asked(base, budget="2000", lora_dropout=0.0)
+    methods = ["highest", "random", "q_proj,v_proj", "all-linear"]
+    options = run_options(tmp_path, max_steps=2, save_strategy="no", eval_strategy="no")
+    table = compare(methods, [0, 1], [1e-3], model, data, plasticity, options)
+    assert [record["method"] for record in table] == methods
+    head = 10 * 32 + 10
+    assert all(0 < record["trainable_parameters"] - head <= 2000 for record in table)
+    assert table[0]["difference"] == 0 and table[0]["difference_half_width"] == 0
+    assert table[1]["accuracy_half_width"] == half_width([run["test"] for run in table[1]["runs"]])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    assert len(before) == 8
+    assert compare(methods, [0, 1], [1e-3], model, data, plasticity, options) == table
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")} == before
+
+    from plastic_peft import PlasticityReport
+
+    report = PlasticityReport.load(tmp_path)
+    with pytest.raises(ValueError, match="'sideways' is unknown: choose highest"):
+        way_of("sideways", report, plasticity)
+    with pytest.raises(ValueError, match="raise the budget"):
+        way_of("all-linear", report, PlasticityArguments(budget="500", r=1))
