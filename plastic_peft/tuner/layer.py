@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, Optional
 
@@ -32,7 +34,6 @@ class FullLayer(nn.Module, BaseTunerLayer):
         self.lora_full = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # sharding wrappers turn parameters into plain tensors during the forward pass, so the names are noted here
         self._names = trainable_names(self.get_base_layer())
         self._originals: dict[str, torch.Tensor] = {}
         self._active_adapter = adapter_name
@@ -76,7 +77,20 @@ class FullLayer(nn.Module, BaseTunerLayer):
         weights = self._weights(self.active_adapters, self._base_weights())
         if not weights:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
+        with self._unshadowed():
+            return functional_call(self.base_layer, weights, args, kwargs)
+
+    @contextmanager
+    def _unshadowed(self) -> Iterator[None]:
+        """Set aside what FSDP puts in front of the base module's parameters, which would hide the adapter's weights."""
+        base = self.get_base_layer()
+        owners = [(base.get_submodule(path), name) for path, _, name in (n.rpartition(".") for n in self._names)]
+        shadows = [(owner, name, vars(owner).pop(name)) for owner, name in owners if name in vars(owner)]
+        try:
+            yield
+        finally:
+            for owner, name, tensor in shadows:
+                vars(owner)[name] = tensor
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Put the adapters' weights into the base module; the originals are kept aside for `unmerge`.

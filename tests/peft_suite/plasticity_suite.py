@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ResNetConfig
 
 from plastic_peft import PlasticityConfig
-from plastic_peft.tuner.config import PEFT_TYPE
+from plastic_peft.tuner.config import LORA_ONLY, PEFT_TYPE
 
 
 @dataclass
@@ -40,30 +40,17 @@ class FullPlasticityConfig(PlasticityConfig):
 
 CLASSES: dict[str, type[PlasticityConfig]] = {"lora": PlasticityConfig, "full": FullPlasticityConfig}
 
-# rows of the suite's TEST_CASES by name; one for each kind of layer and each option that takes another path
-SUITE_ROWS = {
-    "lora": (
-        "Vanilla MLP 1 LoRA",
-        "Vanilla MLP 4 LoRA",
-        "Vanilla MLP 5 LoRA",
-        "Vanilla MLP 8 LoRA with DoRA",
-        "Embedding + transformers Conv1D 3 LoRA",
-        "Conv2d 2 LoRA",
-        "Conv2d Groups LoRA",
-        "MHA 2 LoRA",
-        "MLP 2 using nn.Parameter LoRA",
-    ),
-    "full": (
-        "Vanilla MLP 1 LoRA",
-        "Vanilla MLP 4 LoRA",
-        "Vanilla MLP 5 LoRA",
-        "Embedding + transformers Conv1D 3 LoRA",
-        "Conv1d LoRA",
-        "Conv2d 2 LoRA",
-        "Conv2d Groups LoRA",
-        "MHA 2 LoRA",
-    ),
-}
+# rows of the suite's TEST_CASES that a quick run keeps: one for each kind of layer
+QUICK_ROWS = (
+    "Vanilla MLP 1 LoRA",
+    "Vanilla MLP 5 LoRA",
+    "Vanilla MLP 8 LoRA with DoRA",
+    "Embedding + transformers Conv1D 3 LoRA",
+    "Conv2d 2 LoRA",
+    "MHA 2 LoRA",
+    "MLP 2 using nn.Parameter LoRA",
+)
+REFUSED_ROW = "Row of TEST_CASES with an option of low-rank matrices, which full adapters refuse with an error."
 EVERY = {"fraction": 1.0, "granularity": "module"}
 OWN_ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "lora": [
@@ -89,7 +76,7 @@ PLASTICITY_PAIRS = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("plasticity")
     group.addoption("--plasticity-adapter", choices=sorted(CLASSES), default="lora", help="Adapter mode under test.")
-    group.addoption("--plasticity-all-rows", action="store_true", help="Keep every LoRA row of the suite.")
+    group.addoption("--plasticity-quick", action="store_true", help="Keep one row of the suite per kind of layer.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,12 +88,13 @@ class PlasticitySuite:
 
     def __init__(self, config: pytest.Config) -> None:
         self.adapter: str = config.getoption("--plasticity-adapter")
-        self.all_rows: bool = config.getoption("--plasticity-all-rows")
+        self.quick: bool = config.getoption("--plasticity-quick")
         self.case = CLASSES[self.adapter]
         self.replaced = {"LoraConfig": peft.LoraConfig, "load_dataset": datasets.load_dataset}
         self.narrowed: set[int] = set()
         self.left_out: Counter[str] = Counter()
         self.unused: list[str] = []
+        self.refused: list[str] = []
         self.passed: Counter[str] = Counter()
         self.files: set[str] = set()
         peft.LoraConfig = self.case  # type: ignore[misc]
@@ -136,7 +124,16 @@ class PlasticitySuite:
         return any(value is self.case or isinstance(value, self.case) for value in values)
 
     def _is_wanted(self, name: str, row: Any) -> bool:
-        return name != "TEST_CASES" or self.all_rows or row[0] in SUITE_ROWS[self.adapter]
+        if name not in ("TEST_CASES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES"):
+            return True
+        kwargs = row[-1]
+        if self.adapter == "full" and (
+            any(kwargs.get(option) for option in LORA_ONLY) or isinstance(kwargs.get("init_lora_weights"), str)
+        ):
+            self.left_out[REFUSED_ROW] += 1
+            self.refused.append(row[0])
+            return False
+        return not self.quick or name != "TEST_CASES" or row[0] in QUICK_ROWS
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         peft.LoraConfig = self.replaced["LoraConfig"]
@@ -155,8 +152,9 @@ class PlasticitySuite:
                 kept.append(item)
                 continue
             left_out.append(item)
-        if len(config.args) == len({arg.partition("::")[0] for arg in config.args} & set(config.args)):
-            self.unused = [e.pattern for e in NOT_APPLICABLE if self.adapter in e.modes and e not in used]
+        if not config.option.keyword and not any("::" in arg for arg in config.args):
+            mine = [e for e in NOT_APPLICABLE if self.adapter in e.modes and _file(e.pattern) in self.files]
+            self.unused = [e.pattern for e in mine if e not in used]
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
 
@@ -182,7 +180,9 @@ class PlasticitySuite:
         if exitstatus == 0 and not session.config.option.collectonly and (self.unused or silent):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return
         terminalreporter.section(f'PEFT {peft.__version__} with PlasticityConfig(adapter="{self.adapter}")')
         for name in sorted(self.files):
             terminalreporter.line(f"{self.passed[name]:5} passed in {name}")
@@ -190,6 +190,8 @@ class PlasticitySuite:
                 terminalreporter.line(f"ERROR: no test of {name} passed", red=True)
         for reason, count in self.left_out.most_common():
             terminalreporter.line(f"{count:5} left out: {reason}")
+        if self.refused:
+            terminalreporter.line(f"      such as {', '.join(self.refused[:6])}")
         for pattern in self.unused:
             terminalreporter.line(f"ERROR: not_applicable.py names {pattern}, which matches no test", red=True)
 
