@@ -69,7 +69,7 @@ def in_a_process(function, log: Path):
     """Start `function` in a process of its own, with this one's imports; its output goes to `log`."""
 
     def start():
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - open as long as the process lives
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
         function()
 
@@ -179,9 +179,9 @@ def test_a_pretrained_model_learns_and_the_saved_adapter_predicts_the_same(tmp_p
     """The whole path with real weights: if pixels, labels or head went wrong anywhere, accuracy would show it."""
     from plastic_peft import AutoPlasticModelForImageClassification
 
-    data = DataArguments("digits", max_train_samples=640, max_eval_samples=128)
-    options = run_options(tmp_path, num_train_epochs=3, save_strategy="no", learning_rate=5e-3)
-    result = train(ModelArguments("vit_nano"), data, PlasticityArguments(max_pairs=64, budget="0.03"), options)
+    data = DataArguments("digits", max_train_samples=384, max_eval_samples=128)
+    options = run_options(tmp_path, num_train_epochs=3, save_strategy="no", eval_strategy="no", learning_rate=5e-3)
+    result = train(ModelArguments("vit_nano"), data, PlasticityArguments(max_pairs=32, budget="0.03"), options)
     assert result.metrics["test_accuracy"] > 0.8
     model = AutoPlasticModelForImageClassification.from_pretrained(tmp_path).eval()
     rows = with_pixels(data.load()["test"], model.image_processor)[:]
@@ -218,7 +218,7 @@ def test_two_processes_select_and_train_like_one(base, tmp_path):
     from plastic_peft import AutoPlasticModelForImageClassification
 
     loaded = AutoPlasticModelForImageClassification.from_pretrained(checkpoint)
-    assert list(loaded.peft_config["default"].selected_modules) == list(one.selection)
+    assert set(loaded.peft_config["default"].selected_modules) == set(one.selection)
 
 
 def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
@@ -241,8 +241,7 @@ def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
     assert [entry["step"] for entry in logged] == [0, 4, 8]
 
     # a run that resumes at step 6 keeps what was measured up to there, and measures at 8 again
-    for stale in ("checkpoint-8",):
-        (tmp_path / "a" / stale / "whole.json").unlink()
+    (tmp_path / "a" / "checkpoint-8" / "whole.json").unlink()
     train(*arguments, run_options(tmp_path / "a", max_steps=8))
     again = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
     assert again["steps"] == curve["steps"] and again["components"] == curve["components"]
