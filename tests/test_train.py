@@ -179,17 +179,17 @@ def test_a_pretrained_model_learns_and_the_saved_adapter_predicts_the_same(tmp_p
     """The whole path with real weights: if pixels, labels or head went wrong anywhere, accuracy would show it."""
     from plastic_peft import AutoPlasticModelForImageClassification
 
-    data = DataArguments("digits", max_train_samples=384, max_eval_samples=128)
+    data = DataArguments("digits", max_train_samples=320, max_eval_samples=96)
     options = run_options(tmp_path, num_train_epochs=3, save_strategy="no", eval_strategy="no", learning_rate=5e-3)
     result = train(ModelArguments("vit_nano"), data, PlasticityArguments(max_pairs=32, budget="0.03"), options)
-    assert result.metrics["test_accuracy"] > 0.8
+    assert result.metrics["test_accuracy"] > 0.7
     model = AutoPlasticModelForImageClassification.from_pretrained(tmp_path).eval()
     rows = with_pixels(data.load()["test"], model.image_processor)[:]
     with torch.no_grad():
         predicted = model(rows["pixel_values"]).logits.argmax(-1)
     accuracy = (predicted == torch.tensor(rows["labels"])).float().mean().item()
     assert accuracy == pytest.approx(result.metrics["test_accuracy"])
-    assert sum(sum(row) for row in result.metrics["confusion_matrix"]) == 128
+    assert sum(sum(row) for row in result.metrics["confusion_matrix"]) == 96
     assert not list(tmp_path.glob("*.bin"))
 
 
