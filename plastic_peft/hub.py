@@ -106,9 +106,10 @@ class AutoPlasticModelForImageClassification:
         config.inference_mode = not is_trainable
         model = _load_adapter(base, config, recorded, adapter_name, weights)
         if missing := sorted(name for name in unsettled if not _replaced(name, config.modules_to_save or ())):
-            raise ValueError(
-                f"The base model {source} has no fitting weights for {missing[0]} ({len(missing)} such), and the adapter does not "
-                "bring them either: the adapter was made for another base model; pass base_model=."
+            warnings.warn(
+                f"The base model {source} has no weights for {missing[0]} ({len(missing)} such), nor has the adapter: they are "
+                "as initialised. If the adapter was made for another base model, pass it as base_model=.",
+                stacklevel=2,
             )
         if saved_report is not None:
             config._report = _fitting(saved_report, base, recorded)
@@ -316,7 +317,9 @@ def _load_base(
         base, info = AutoModelForImageClassification.from_pretrained(source, **hub, **kwargs)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    return base, {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    # transformers 5 gives mismatched keys with their shapes
+    mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    return base, {*info["missing_keys"], *mismatched} & {name for name, _ in base.named_parameters()}
 
 
 def _relabel(base: Any, labels: list[str] | None) -> None:

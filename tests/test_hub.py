@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -178,6 +180,20 @@ def test_another_base_model_is_refused(base_folder, report, tmp_path):
     ViTForImageClassification(ViTConfig(**{**TINY, "hidden_size": 16})).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="does not fit its config and base model"):
         AutoPlasticModelForImageClassification.from_pretrained(folder, base_model=tmp_path / "narrow")
+
+
+def test_weights_that_no_file_holds_are_named(base_folder, report, tmp_path):
+    """Without it, an adapter on an incomplete base model would give other outputs each time, and nobody would know."""
+    folder = save_adapter(trained(base_folder, plasticity=report, top_k=1), tmp_path / "adapter")
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["vit.embeddings.cls_token"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="no weights for vit.embeddings.cls_token"):
+        AutoPlasticModelForImageClassification.from_pretrained(folder, base_model=base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The base model")
+        AutoPlasticModelForImageClassification.from_pretrained(folder)
 
 
 def test_patterns_are_saved_as_exact_names(base_folder, tmp_path):

@@ -311,7 +311,7 @@ FIELDS = sorted({field for field in PlasticityConfig.__dataclass_fields__ if not
 MUTATIONS = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), VALUES, min_size=1, max_size=4)
 
 
-@settings(max_examples=3000)
+@settings(max_examples=2000)
 @given(mutation=MUTATIONS)
 @pytest.mark.filterwarnings("ignore:adapter_config.json has fields")
 def test_fuzzed_configs_are_refused_or_sound(honest_config, mutation):
