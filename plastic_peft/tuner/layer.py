@@ -26,7 +26,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_full",)
-    other_param_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("scaling",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PlasticityConfig) -> None:
         super().__init__()
@@ -35,7 +35,9 @@ class FullLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._names = trainable_names(self.get_base_layer())
-        self._originals: dict[str, torch.Tensor] = {}
+        self._originals: dict[str, nn.Parameter] = {}
+        # peft's hotswap sets it as LoRA's; whole weights have no scale
+        self.scaling: dict[str, float] = {}
         self._active_adapter = adapter_name
         self.in_features = getattr(base_layer, "in_features", None)
         self.out_features = getattr(base_layer, "out_features", None)
@@ -45,25 +47,26 @@ class FullLayer(nn.Module, BaseTunerLayer):
         """Give `adapter_name` a copy of the base weights; `init_lora_weights=False` perturbs it, for tests."""
         copies = {}
         for name, weight in self._base_weights().items():
-            copy = self._originals.get(name, weight.detach()).clone()
+            copy = self._originals.get(name, weight).detach().clone()
             if config.init_lora_weights is False:
                 copy += 0.1 * torch.randn_like(copy)
             copies[_key(name)] = nn.Parameter(copy)
         self.lora_full[adapter_name] = nn.ParameterDict(copies)
+        self.scaling[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _base_weights(self) -> dict[str, torch.Tensor]:
+    def _base_weights(self) -> dict[str, nn.Parameter]:
         base: Any = self.get_base_layer()
         return {name: reduce(getattr, name.split("."), base) for name in self._names}
 
-    def _weights(self, adapters: list[str], originals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _weights(self, adapters: list[str], originals: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """The weights that the named adapters give, by parameter name of the base module, in its dtype."""
         held: list[Any] = [self.lora_full[name] for name in adapters if name in self.lora_full]
         weights = {}
         for name, original in originals.items() if held else ():
             first, *others = [copy[_key(name)] for copy in held]
-            weight = first.to(original.dtype)
+            weight: torch.Tensor = first.to(original.dtype)
             for other in others:
                 weight = weight + (other.to(original.dtype) - original)
             weights[name] = weight
@@ -101,8 +104,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_full]
         if not adapters:
             return
-        parameters = self._base_weights()
-        originals = self._originals or {name: parameter.data for name, parameter in parameters.items()}
+        originals = self._originals or dict(self._base_weights())
         with torch.no_grad():
             merged = self._weights(self.merged_adapters + adapters, originals)
         if safe_merge and not all(torch.isfinite(weight).all() for weight in merged.values()):
@@ -110,20 +112,27 @@ class FullLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
             )
         for name, weight in merged.items():
-            parameters[name].data = weight.detach().clone()
+            # a new parameter, not new data: the old one may be tied to another module, which this adapter leaves alone
+            self._put(name, nn.Parameter(weight.detach().clone(), requires_grad=originals[name].requires_grad))
         self._originals = originals
         self.merged_adapters = self.merged_adapters + adapters
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit."""
+        """Put the original parameters back, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for name, parameter in self._base_weights().items():
+        for name, merged in self._base_weights().items():
+            original = self._originals[name]
             # the model may have been moved or cast in between
-            parameter.data = self._originals[name].to(parameter)
+            original.data = original.data.to(merged)
+            self._put(name, original)
         self._originals = {}
         self.merged_adapters = []
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, attribute = name.rpartition(".")
+        setattr(self.get_base_layer().get_submodule(path), attribute, parameter)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the base module's `weight`, in its shape."""
@@ -150,6 +159,10 @@ def trainable_names(module: nn.Module) -> tuple[str, ...]:
         raise TypeError(
             f'adapter="full" trains the weights themselves, and those of {kind} are quantised ({packed[0]}): use '
             'adapter="lora" on quantised models.'
+        )
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        raise TypeError(
+            f'adapter="full" cannot take the place of the weights in {kind}: recurrent layers keep a list of them.'
         )
     if not parameters:
         raise TypeError(f'adapter="full" has nothing to train in {kind}: it holds no parameters.')

@@ -423,7 +423,7 @@ def _allowed(config: PlasticityConfig, candidates: list[Candidate]) -> list[Cand
     layers = config.layers_to_transform
     if layers is not None:
         layers = [layers] if isinstance(layers, int) else layers
-        candidates = [c for c in candidates if c.block in layers]
+        candidates = [c for c in candidates if (_in_layers(config, c) if c.role == "module" else c.block in layers)]
     if config.exclude_modules:
         probe = LoraMatch(config.exclude_modules)
         candidates = [c for c in candidates if not probe.matches(c.name)]
@@ -434,6 +434,13 @@ def _allowed(config: PlasticityConfig, candidates: list[Candidate]) -> list[Cand
             "exclude_modules, layers_to_transform and modules_to_save leave no measured module to select from: loosen them."
         )
     return candidates
+
+
+def _in_layers(config: PlasticityConfig, candidate: Candidate) -> bool:
+    """Without a report nobody knows the module's block: its name says it, as for peft's own target modules."""
+    probe = LoraMatch([candidate.name.rpartition(".")[2]])
+    probe.layers_to_transform, probe.layers_pattern = config.layers_to_transform, config.layers_pattern
+    return probe.matches(candidate.name)
 
 
 def _saved_whole(name: str, modules_to_save: Any) -> bool:
@@ -448,8 +455,8 @@ class LoraMatch:
         self.target_modules = patterns
         self.peft_type = PeftType.LORA
         self.exclude_modules = None
-        self.layers_to_transform = None
-        self.layers_pattern = None
+        self.layers_to_transform: Any = None
+        self.layers_pattern: Any = None
 
     def matches(self, name: str) -> bool:
         return bool(check_target_module_exists(self, name))

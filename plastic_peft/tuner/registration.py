@@ -39,4 +39,5 @@ def register(config_cls: type, model_cls: type) -> None:
     if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     register_peft_method(name="plasticity", config_cls=config_cls, model_cls=model_cls, prefix="lora_")
-    CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "adapter"]
+    # hotswap fills the weights of modules that the new adapter lacks with zeros, which is wrong for whole weights
+    CONFIG_KEYS_TO_CHECK[peft_type] = [*CONFIG_KEYS_TO_CHECK[PeftType.LORA], "adapter", "target_modules"]

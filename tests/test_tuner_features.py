@@ -1,0 +1,735 @@
+"""Everything that a PeftModel offers, for both adapter modes; `feature_table` writes docs/features.md from these tests."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from feature_table import PAGE, feature, page
+from models import transformers_model
+from peft import (
+    PeftMixedModel,
+    PeftModel,
+    get_layer_status,
+    get_model_status,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from plastic_peft import PlasticityConfig, measure_plasticity
+from plastic_peft.tuner import FullLayer
+
+
+FC1, FC2, QUERY = "vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc2", "vit.layers.2.attention.q_proj"
+EVERY = {"fraction": 1.0, "granularity": "module"}
+OTHER = {"lora": "full", "full": "lora"}
+
+
+@pytest.fixture
+def base():
+    return transformers_model("vit").eval()
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(2, 3, 32, 32)
+
+
+def chosen(adapter, *names, **options):
+    """A config that selects `names` by their scores and starts away from the base model."""
+    scores = {name: float(len(names) - place) for place, name in enumerate(names or (FC1, FC2))}
+    return PlasticityConfig(
+        **{"plasticity": scores, "adapter": adapter, "init_lora_weights": False, **EVERY, **options}
+    )
+
+
+def logits(model, pixels):
+    with torch.no_grad():
+        return model(pixel_values=pixels).logits
+
+
+def state(model):
+    """Modules, flags and values of a model, for comparing."""
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return modules, flags, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model, before):
+    modules, flags, tensors = state(model)
+    assert (modules, flags) == before[:2]
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before[2].items())
+
+
+# --- adapters on a model -----------------------------------------------------------------------------------------------
+
+
+@feature("Several adapters with different selections (`add_adapter`, `set_adapter`)")
+def test_several_adapters(base, pixels, adapter):
+    """Switching between adapters would leave the other's weights in effect or in training."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    one = logits(model, pixels)
+    model.add_adapter("two", chosen(adapter, FC1, FC2))
+    assert torch.equal(logits(model, pixels), one)
+    model.set_adapter("two")
+    two = logits(model, pixels)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".two." in name for name in trained)
+    model.set_adapter("one")
+    assert torch.equal(logits(model, pixels), one) and not torch.allclose(one, two)
+
+
+@feature("LoRA and full adapters on one model, on different modules")
+def test_both_modes_on_one_model(base, pixels, adapter):
+    """A model could not carry adapters of both modes, or one would disturb the other."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    one = logits(model, pixels)
+    model.add_adapter("two", chosen(OTHER[adapter], FC2))
+    assert torch.equal(logits(model, pixels), one)
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, pixels)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert not torch.allclose(both, one) and torch.allclose(logits(merged, pixels), both, atol=1e-5)
+
+
+SECOND = "already has an adapter of the other mode"
+
+
+@feature("LoRA and full adapters on one module", lora=SECOND, full=SECOND)
+def test_both_modes_on_one_module(base, pixels, adapter):
+    """The second adapter would be ignored, or wrap the first."""
+    model = get_peft_model(base, chosen(OTHER[adapter], FC1))
+    before, names = state(model), list(model.peft_config)
+    try:
+        model.add_adapter("two", chosen(adapter, FC2, FC1))
+    finally:
+        assert_same_state(model, before)
+        assert list(model.peft_config) == names
+
+
+@feature("Several active adapters at once")
+def test_several_active_adapters(base, pixels, adapter):
+    """The changes of two active adapters would not add up, or merging them would give something else."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    model.add_adapter("two", chosen(adapter, FC1))
+    model.base_model.set_adapter(["one", "two"])
+    layer = model.get_submodule(f"base_model.model.{FC1}")
+    x = torch.randn(3, layer.in_features)
+    delta = layer.get_delta_weight("one") + layer.get_delta_weight("two")
+    biases = sum(p["bias"] - layer.base_layer.bias for p in layer.lora_full.values()) if adapter == "full" else 0
+    assert torch.allclose(layer(x) - layer.base_layer(x), x @ delta.T + biases, atol=1e-5)
+
+
+@feature("`delete_adapter`")
+def test_delete_adapter(base, pixels, adapter):
+    """A deleted adapter would stay in the weights, or take another one with it."""
+    before = logits(base, pixels)
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    model.add_adapter("two", chosen(adapter, FC1, FC2))
+    model.set_adapter("two")
+    model.delete_adapter("two")
+    assert not any(".two." in name for name in model.state_dict())
+    model.set_adapter("one")
+    assert not torch.allclose(logits(model, pixels), before)
+    assert torch.equal(logits(model.unload(), pixels), before)
+
+
+@feature("`disable_adapter`, `disable_adapter_layers`")
+def test_disable_adapter(base, pixels, adapter):
+    """The base model could not be seen through its adapter, bit for bit."""
+    before = logits(base, pixels)
+    model = get_peft_model(base, chosen(adapter)).eval()
+    adapted = logits(model, pixels)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, pixels), before)
+    assert torch.equal(logits(model, pixels), adapted)
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(logits(model, pixels), before)
+
+
+@feature("`merge_adapter` and `unmerge_adapter`")
+def test_merge_and_unmerge(base, pixels, adapter):
+    """Merging would change what the model says, or unmerging would leave traces in the base weights."""
+    model = get_peft_model(base, chosen(adapter)).eval()
+    adapted = logits(model, pixels)
+    before = state(model)
+    model.merge_adapter()
+    merged = logits(model, pixels)
+    model.unmerge_adapter()
+    if adapter == "full":
+        assert torch.equal(merged, adapted)
+        assert_same_state(model, before)
+    assert torch.allclose(merged, adapted, atol=1e-5)
+    assert torch.allclose(logits(model, pixels), adapted, atol=1e-5)
+
+
+@feature("`merge_and_unload(safe_merge=True)`")
+def test_merge_and_unload(base, pixels, adapter):
+    """A merged model would differ from the adapted one, or a broken adapter would be merged without a word."""
+    names = set(base.state_dict())
+    model = get_peft_model(base, chosen(adapter)).eval()
+    adapted = logits(model, pixels)
+    broken = copy.deepcopy(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert set(merged.state_dict()) == names and torch.allclose(logits(merged, pixels), adapted, atol=1e-5)
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    next(p for n, p in broken.named_parameters() if "lora_" in n and FC1 in n).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        broken.merge_and_unload(safe_merge=True)
+
+
+@feature("`unload`")
+def test_unload(base, pixels, adapter):
+    """Taking the adapter off would not give the base model back."""
+    before = state(base)
+    assert_same_state(get_peft_model(base, chosen(adapter)).unload().requires_grad_(True), before)
+
+
+@feature("One adapter per sample (`adapter_names=`)", full="adapter_names mixes adapters inside a batch")
+def test_mixed_batch(base, pixels, adapter):
+    """Samples of a mixed batch would get another adapter's output."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    model.add_adapter("two", chosen(adapter, FC1, FC2))
+    # a full adapter on the side must not reach samples that do not name it
+    model.add_adapter("side", chosen(OTHER[adapter], QUERY))
+    expected = []
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected.append(logits(model, pixels))
+    model.set_adapter("side")
+    with torch.no_grad():
+        mixed = model(pixel_values=pixels, adapter_names=["one", "two"]).logits
+    assert torch.allclose(mixed[0], expected[0][0], atol=1e-5) and torch.allclose(mixed[1], expected[1][1], atol=1e-5)
+
+
+@feature("`add_weighted_adapter`", full="add_weighted_adapter combines LoRA weights")
+def test_add_weighted_adapter(base, pixels, adapter):
+    """A combination of adapters with different selections would lose modules of one of them."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one").eval()
+    model.add_adapter("two", chosen(adapter, FC1, FC2))
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, pixels)
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model, pixels), both, atol=1e-5)
+    assert set(model.peft_config["sum"].selected_modules) == {FC1, FC2}
+    assert set(model.peft_config["one"].selected_modules) == {FC1}
+
+
+MIXED = "is not compatible with the `PeftMixedModel`"
+
+
+@feature("`PeftMixedModel` (`get_peft_model(mixed=True)`)", lora=MIXED, full=MIXED)
+def test_mixed_model(base, adapter):
+    """Mixing with other methods would fail somewhere inside PEFT."""
+    assert isinstance(get_peft_model(base, chosen(adapter), mixed=True), PeftMixedModel)
+
+
+@feature("`inject_adapter_in_model`, `get_peft_model_state_dict`, `set_peft_model_state_dict`")
+def test_inject_adapter(base, pixels, adapter):
+    """Libraries that inject adapters without a PeftModel could not use the method."""
+    fresh = copy.deepcopy(base)
+    model = inject_adapter_in_model(chosen(adapter), base).eval()
+    weights = get_peft_model_state_dict(model)
+    other = inject_adapter_in_model(chosen(adapter), fresh).eval()
+    assert not torch.allclose(logits(other, pixels), logits(model, pixels))
+    assert not set_peft_model_state_dict(other, weights).unexpected_keys
+    assert torch.equal(logits(other, pixels), logits(model, pixels))
+
+
+# --- saving and loading ------------------------------------------------------------------------------------------------
+
+
+@feature("`save_pretrained`, `from_pretrained`, `load_adapter`")
+def test_save_and_load(base, pixels, adapter, tmp_path):
+    """A loaded adapter would say something else, or sit on other modules, than the one that was saved."""
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, chosen(adapter)).eval()
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(logits(loaded, pixels), logits(model, pixels))
+    assert loaded.peft_config["default"].selected_modules == {FC1: 2.0, FC2: 1.0}
+    loaded.load_adapter(tmp_path, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(logits(loaded, pixels), logits(model, pixels))
+
+
+@feature("More than twenty target modules, kept exactly")
+def test_many_targets(base, adapter, tmp_path):
+    """PEFT's shortening of long lists would adapt modules that were not selected."""
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
+    wanted = set(linears) - {FC1}
+    assert len(wanted) > 20
+    model = get_peft_model(base, chosen(adapter, *sorted(wanted)))
+    assert set(model.targeted_module_names) == wanted
+    model.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == wanted
+
+
+@feature("`low_cpu_mem_usage=True`")
+def test_low_cpu_mem_usage(base, pixels, adapter, tmp_path):
+    """Loading by way of the meta device would leave empty or random weights behind."""
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, chosen(adapter)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=True).eval()
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert torch.equal(logits(loaded, pixels), logits(model, pixels))
+
+
+@feature("Hot-swapping (`hotswap_adapter`)")
+def test_hotswap(base, pixels, adapter, tmp_path):
+    """Swapping in place would leave weights of the old adapter, or zeros where the new one has none."""
+    second = get_peft_model(copy.deepcopy(base), chosen(adapter)).eval()
+    second.save_pretrained(tmp_path / "second")
+    get_peft_model(copy.deepcopy(base), chosen(adapter, FC1)).save_pretrained(tmp_path / "fewer")
+    model = get_peft_model(base, chosen(adapter)).eval()
+    before = logits(model, pixels)
+    with pytest.raises(ValueError, match="target_modules"):
+        hotswap_adapter(model, tmp_path / "fewer", "default", torch_device="cpu")
+    assert torch.equal(logits(model, pixels), before)
+    hotswap_adapter(model, tmp_path / "second", "default", torch_device="cpu")
+    assert torch.equal(logits(model, pixels), logits(second, pixels))
+
+
+@feature('`modules_to_save="auto"`: the head')
+def test_head_is_saved(base, adapter):
+    """The new classification head would stay random, or be trained and then lost."""
+    model = get_peft_model(base, chosen(adapter))
+    assert model.peft_config["default"].modules_to_save == ["classifier"]
+    assert any("classifier" in name for name in get_peft_model_state_dict(model))
+
+
+# --- what the model says about itself ----------------------------------------------------------------------------------
+
+
+@feature("`get_layer_status`, `get_model_status`")
+def test_status(base, adapter):
+    """PEFT's own diagnosis would not see the adapters."""
+    model = get_peft_model(base, chosen(adapter))
+    layers = {status.name: status for status in get_layer_status(model)}
+    assert {f"model.{FC1}", f"model.{FC2}"} <= set(layers)
+    assert layers[f"model.{FC1}"].requires_grad == {"default": True}
+    status = get_model_status(model)
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert status.peft_types == {"default": "PLASTICITY"} and status.trainable_params > 0
+    model.merge_adapter()
+    assert get_model_status(model).merged_adapters == ["default"]
+
+
+@feature("`print_trainable_parameters`")
+def test_print_trainable_parameters(base, adapter, capsys):
+    """The user would be told a wrong number of trainable parameters."""
+    total = sum(parameter.numel() for parameter in base.parameters())
+    head = sum(parameter.numel() for parameter in base.classifier.parameters())
+    model = get_peft_model(base, chosen(adapter, FC1, r=3))
+    model.print_trainable_parameters()
+    layer = base.get_submodule(FC1)
+    own = layer.base_layer.weight.numel() + layer.base_layer.bias.numel()
+    expected = head + (own if adapter == "full" else 3 * (layer.in_features + layer.out_features))
+    assert f"trainable params: {expected:,} || all params: {total + expected:,}" in capsys.readouterr().out
+
+
+# --- numbers and execution ---------------------------------------------------------------------------------------------
+
+
+@feature("`autocast_adapter_dtype`")
+def test_autocast_adapter_dtype(base, adapter):
+    """Adapters of half-precision models would train in half precision, against the user's word."""
+    for autocast, expected in ((True, torch.float32), (False, torch.bfloat16)):
+        model = get_peft_model(copy.deepcopy(base).bfloat16(), chosen(adapter), autocast_adapter_dtype=autocast)
+        kinds = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+        assert kinds == {expected}
+
+
+@feature("bfloat16 and float16 models")
+def test_half_precision(base, pixels, adapter):
+    """Half-precision models would give another type, overflow, or fail in the backward pass."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = get_peft_model(copy.deepcopy(base).to(dtype), chosen(adapter)).eval()
+        output = model(pixel_values=pixels.to(dtype)).logits
+        output.float().sum().backward()
+        assert output.dtype == dtype and output.isfinite().all()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert grads and all(grad is not None and grad.isfinite().all() for grad in grads)
+        merged = logits(model.merge_and_unload(), pixels.to(dtype))
+        assert torch.allclose(merged, output, atol=0.05)
+
+
+@feature("`torch.autocast`")
+def test_autocast(base, pixels, adapter):
+    """Mixed-precision training, the usual way, would fail or drop gradients."""
+    model = get_peft_model(base, chosen(adapter))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(pixel_values=pixels).logits.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@feature("`torch.compile` in one graph")
+def test_compile(base, pixels, adapter):
+    """Compiled models would break into pieces or compute something else."""
+    model = get_peft_model(base, chosen(adapter)).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(logits(compiled, pixels), logits(model, pixels), atol=1e-5)
+
+
+@feature("Gradient checkpointing")
+def test_gradient_checkpointing(base, pixels, adapter):
+    """Checkpointed training would compute other gradients, or none."""
+    model = get_peft_model(base, chosen(adapter)).train()
+
+    def gradients():
+        model.zero_grad()
+        model(pixel_values=pixels).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients()
+    assert set(plain) == set(again) and any(FC1 in name for name in plain)
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+# --- LoRA's options ----------------------------------------------------------------------------------------------------
+
+
+@feature("DoRA (`use_dora`)", full='use_dora applies to adapter="lora"')
+def test_dora(base, pixels, adapter):
+    """DoRA would be switched off without a word."""
+    model = get_peft_model(base, chosen(adapter, use_dora=True)).eval()
+    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+    adapted = logits(model, pixels)
+    assert torch.allclose(logits(model.merge_and_unload(), pixels), adapted, atol=1e-5)
+
+
+@feature("rsLoRA (`use_rslora`)", full='use_rslora applies to adapter="lora"')
+def test_rslora(base, adapter):
+    """The scaling of rsLoRA would not be applied."""
+    model = get_peft_model(base, chosen(adapter, FC1, r=4, lora_alpha=8, use_rslora=True))
+    assert model.get_submodule(f"base_model.model.{FC1}").scaling["default"] == 8 / 2
+
+
+@feature('PiSSA (`init_lora_weights="pissa"`) and its conversion to LoRA', full="init_lora_weights='pissa' applies to")
+def test_pissa(base, pixels, adapter, tmp_path):
+    """PiSSA would not start as the base model, or its conversion would not load on the untouched base."""
+    fresh, before = copy.deepcopy(base), logits(base, pixels)
+    model = get_peft_model(base, chosen(adapter, init_lora_weights="pissa")).eval()
+    assert torch.allclose(logits(model, pixels), before, atol=1e-4)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    trained = logits(model, pixels)
+    model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "lora").eval()
+    assert torch.allclose(logits(loaded, pixels), trained, atol=1e-4)
+
+
+@feature('EVA (`init_lora_weights="eva"`)', full="init_lora_weights='eva' applies to")
+def test_eva(base, pixels, adapter):
+    """EVA's data-driven start would be refused, or leave LoRA's matrices random."""
+    model = get_peft_model(base, chosen(adapter, init_lora_weights="eva", r=2))
+    batches = [{"pixel_values": torch.randn(8, 3, 32, 32)} for _ in range(4)]
+    initialize_lora_eva_weights(
+        model, batches, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
+    )
+    first = model.get_submodule(f"base_model.model.{FC1}").lora_A["default"].weight
+    assert torch.allclose(first @ first.T, torch.eye(len(first)), atol=1e-4)
+
+
+@feature("`rank_pattern`, `alpha_pattern`", full="rank_pattern, alpha_pattern applies to")
+def test_rank_and_alpha_pattern(base, adapter):
+    """Ranks that the user sets for single modules would be ignored."""
+    model = get_peft_model(base, chosen(adapter, r=4, rank_pattern={FC1: 2}, alpha_pattern={FC1: 6}))
+    layer = model.get_submodule(f"base_model.model.{FC1}")
+    assert (layer.r["default"], layer.scaling["default"]) == (2, 3.0)
+    assert model.get_submodule(f"base_model.model.{FC2}").r["default"] == 4
+
+
+@feature("`target_parameters`", full='target_parameters applies to adapter="lora"')
+def test_target_parameters(base, pixels, adapter):
+    """Parameters that are targeted by name would be dropped in favour of a selection."""
+    before = logits(base, pixels)
+    config = PlasticityConfig(adapter=adapter, target_parameters=[f"{FC1}.weight"], init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    assert model.targeted_parameter_names == [f"{FC1}.weight"]
+    assert not torch.allclose(logits(model, pixels), before)
+
+
+# --- which modules -----------------------------------------------------------------------------------------------------
+
+
+@feature("`exclude_modules`")
+def test_exclude_modules(base, adapter):
+    """Excluded modules would be adapted, or the budget would be spent on them."""
+    model = get_peft_model(base, chosen(adapter, FC1, FC2, QUERY, exclude_modules=["fc1"]))
+    assert set(model.targeted_module_names) == {FC2, QUERY}
+    model = get_peft_model(transformers_model("vit"), chosen(adapter, FC1, FC2, QUERY, exclude_modules=r".*\.mlp\..*"))
+    assert model.targeted_module_names == [QUERY]
+
+
+@feature("`layers_to_transform`, with a report, with scores and with `target_modules`")
+def test_layers_to_transform(base, pixels, adapter):
+    """Layers that the user rules out would be adapted."""
+    scored = get_peft_model(copy.deepcopy(base), chosen(adapter, FC1, FC2, QUERY, layers_to_transform=[1, 2]))
+    assert set(scored.targeted_module_names) == {FC2, QUERY}
+    named = PlasticityConfig(adapter=adapter, target_modules=["fc1"], layers_to_transform=[0])
+    assert get_peft_model(copy.deepcopy(base), named).targeted_module_names == [FC1]
+    report = measure_plasticity(base, torch.randn(4, 3, 32, 32), max_pairs=4, progress=False)
+    config = PlasticityConfig(plasticity=report, adapter=adapter, top_k=4, granularity="module", layers_to_transform=3)
+    names = get_peft_model(base, config).targeted_module_names
+    assert names and all(name.startswith("vit.layers.3.") for name in names)
+
+
+@feature("`modules_to_save` beside a selection that holds them")
+def test_modules_to_save_win(base, adapter):
+    """A module would be adapted and trained whole at once."""
+    explicit = get_peft_model(copy.deepcopy(base), chosen(adapter, FC1, "classifier", modules_to_save=["classifier"]))
+    assert explicit.targeted_module_names == [FC1]
+    model = get_peft_model(base, chosen(adapter, FC1, "classifier"))
+    assert set(model.targeted_module_names) == {FC1, "classifier"} and not model.peft_config["default"].modules_to_save
+
+
+@feature("Norms as targets", lora="can take adapter='lora'")
+def test_norms(base, pixels, adapter):
+    """The paper's LN components could not be trained, or a LoRA user would get something else without a word."""
+    model = get_peft_model(base, chosen(adapter, "vit.layers.0.layernorm_before")).eval()
+    adapted = logits(model, pixels)
+    assert torch.equal(logits(model.merge_and_unload(), pixels), adapted)
+
+
+@feature("`nn.MultiheadAttention` as target")
+def test_multihead_attention(adapter):
+    """Models with PyTorch's own attention could not be adapted."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.mha(x, x, x)[0]
+
+    x, base = torch.randn(2, 5, 8), Model().eval()
+    before = base(x)
+    model = get_peft_model(base, chosen(adapter, "mha")).eval()
+    adapted = model(x)
+    adapted.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not torch.allclose(adapted, before)
+    assert torch.allclose(model.merge_and_unload()(x), adapted, atol=1e-5)
+
+
+@feature("Tied weights: the adapter changes the module it is on")
+def test_tied_weights(adapter):
+    """An adapter on one of two modules that share a weight would change the other one too."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encode, self.decode = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x):
+            return self.decode(torch.tanh(self.encode(x)))
+
+    x, base = torch.randn(3, 6), Tied()
+    before = base(x)
+    model = get_peft_model(base, chosen(adapter, "encode"))
+    adapted = model(x)
+    assert torch.equal(base.decode(x), x @ base.encode.base_layer.weight.T) and not torch.allclose(adapted, before)
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+    if adapter == "full":
+        model.merge_adapter()
+        assert torch.equal(model(x), adapted)
+        model.unmerge_adapter()
+        assert base.decode.weight is base.encode.base_layer.weight
+
+
+class Int8Linear(nn.Module):
+    """A quantised linear of the kind that adapters cannot see through."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-8, 8, (4, 4), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T
+
+
+@feature("Quantised layers that PEFT's LoRA does not know", lora="is not supported", full="are quantised (torch.int8)")
+def test_quantised_layer(adapter):
+    """Integer weights would be trained as numbers, or the model would be left half adapted."""
+    base = nn.Sequential(nn.Linear(4, 4), Int8Linear())
+    before = state(base)
+    try:
+        get_peft_model(base, PlasticityConfig(adapter=adapter, target_modules=["0", "1"]))
+    finally:
+        assert_same_state(base, before)
+
+
+# --- full adapters -----------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), lambda: torch.randn(3, 6)),
+    "layer_norm": (lambda: nn.LayerNorm(6), lambda: torch.randn(3, 6)),
+    "rms_norm": (lambda: nn.RMSNorm(6), lambda: torch.randn(3, 6)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, 2, groups=1), lambda: torch.randn(2, 3, 6, 6)),
+    "grouped_conv2d": (lambda: nn.Conv2d(4, 4, 2, groups=2), lambda: torch.randn(2, 4, 6, 6)),
+    "embedding": (lambda: nn.Embedding(7, 5), lambda: torch.tensor([[0, 3], [6, 6]])),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_adapter_merges_exactly(kind, dtype):
+    """Merging would round, or unmerging would not restore the original bits."""
+    build, inputs = LAYERS[kind]
+    x = inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
+    base = nn.Sequential(build()).to(dtype)
+    original = base.state_dict()
+    model = get_peft_model(base, PlasticityConfig(adapter="full", target_modules=["0"], init_lora_weights=False))
+    adapted = model(x)
+    model.merge_adapter(safe_merge=True)
+    assert torch.equal(model(x), adapted)
+    model.unmerge_adapter()
+    assert all(torch.equal(base[0].base_layer.state_dict()[k.partition(".")[2]], v) for k, v in original.items())
+    assert torch.equal(model(x), adapted)
+
+
+def test_full_adapter_starts_as_the_base_and_trains_like_it():
+    """Training a full adapter would differ from training the module's own weights, or run the module twice."""
+    base = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2))
+    plain, x, calls = copy.deepcopy(base), torch.randn(16, 6), []
+    model = get_peft_model(base, PlasticityConfig(adapter="full", target_modules=["0", "2"]))
+    assert torch.equal(model(x), plain(x))
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name.startswith(("0.", "2.")))
+    base[0].base_layer.register_forward_hook(lambda *_: calls.append(1))
+    for trained in (plain, model):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            trained(x).square().sum().backward()
+            optimizer.step()
+    assert len(calls) == 3
+    assert torch.equal(model(x), plain(x))
+    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert held == sum(p.numel() for p in plain.parameters() if p.requires_grad)
+
+
+def test_full_adapter_stays_exact_when_the_merged_model_is_cast():
+    """Unmerging after a change of dtype would put weights of the old dtype back."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), PlasticityConfig(adapter="full", target_modules=["0"]))
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_full_adapter_refuses_recurrent_layers():
+    """Recurrent layers read their weights from a list, so a full adapter would train without any effect."""
+    with pytest.raises(TypeError, match="recurrent"):
+        get_peft_model(nn.Sequential(nn.GRU(4, 4)), PlasticityConfig(adapter="full", target_modules=["0"]))
+
+
+# --- errors leave everything as it was ---------------------------------------------------------------------------------
+
+FAILURES = {
+    "unknown name": (lambda: chosen("lora", FC1, "vit.nothing"), "does not have"),
+    "norm for LoRA, after a linear": (
+        lambda: PlasticityConfig(target_modules=[FC1, "vit.layers.3.layernorm_after"]),
+        "is not supported",
+    ),
+    "module without parameters": (
+        lambda: PlasticityConfig(adapter="full", target_modules=[FC1, "vit.embeddings.dropout"]),
+        "holds no parameters",
+    ),
+    "nothing left": (lambda: chosen("lora", FC1, exclude_modules=["fc1"]), "leave no measured module"),
+    "budget too small": (lambda: chosen("lora", FC1, fraction=None, budget=3), "below the first module"),
+    "no such target": (lambda: PlasticityConfig(target_modules=["nowhere"]), "not found"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_model_and_config_survive_errors(base, failure, adapters):
+    """A failed call would leave half an adapter on the model, or half a selection in the config."""
+    build, message = FAILURES[failure]
+    config = build()
+    fields = copy.deepcopy(config.to_dict())
+    model = get_peft_model(base, chosen("lora", QUERY)) if adapters else base
+    before = state(model)
+    with pytest.raises(ValueError if "parameters" not in message else TypeError, match=message):
+        if adapters:
+            model.add_adapter("more", config)
+        else:
+            get_peft_model(model, config)
+    assert_same_state(model, before)
+    assert config.to_dict() == fields
+    if adapters:
+        assert list(model.peft_config) == ["default"] and isinstance(
+            model.get_submodule(f"base_model.model.{QUERY}"), nn.Module
+        )
+
+
+def test_unmeasurable_model_is_told_what_to_pass():
+    """A model that is no vision transformer would fail deep inside the measurement."""
+    with (
+        pytest.warns(UserWarning, match="synthetic"),
+        pytest.raises(ValueError, match="Please specify `target_modules`"),
+    ):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PlasticityConfig())
+
+
+def test_share_of_the_base_ignores_adapters_on_it(base):
+    """A second adapter's budget would grow with the adapters that are already there."""
+    options = {"fraction": None, "budget": 0.02}
+    names = [FC1, FC2, QUERY]
+    first = get_peft_model(copy.deepcopy(base), chosen("lora", *names, **options)).targeted_module_names
+    model = get_peft_model(base, PlasticityConfig(adapter="full", target_modules=["k_proj", "v_proj"]))
+    model.add_adapter("second", chosen("lora", *names, **options))
+    assert set(model.peft_config["second"].selected_modules) == set(first)
+
+
+# --- registration ------------------------------------------------------------------------------------------------------
+
+
+def test_enum_member_is_like_the_others():
+    """Code that looks PEFT types up by value, name or text would not find this one."""
+    member = PeftType("PLASTICITY")
+    assert member is PeftType.PLASTICITY is PeftType["PLASTICITY"] and member in PeftType and member in list(PeftType)
+    assert (member.value, member.name, json.dumps(member)) == ("PLASTICITY", "PLASTICITY", '"PLASTICITY"')
+    assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
+    assert {"PLASTICITY": 1}.get(member) == {"LORA": 1}.get(PeftType.LORA) and member == "PLASTICITY"
+    assert str(member) == str(PeftType.LORA).replace("LORA", "PLASTICITY")
+    with pytest.raises(ValueError):
+        PeftType("NOTHING")
+
+
+def test_table_of_features_is_current():
+    """docs/features.md would promise what the tests do not show; `python tests/feature_table.py` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_full_layer_names_itself(base):
+    """A printed model would not show which modules carry a full adapter."""
+    model = get_peft_model(base, chosen("full", FC1))
+    layer = model.get_submodule(f"base_model.model.{FC1}")
+    assert isinstance(layer, FullLayer) and repr(layer).startswith("plasticity.FullLayer(")
