@@ -10,10 +10,11 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, public_name, trace
 from ..measure import measure_on_synthetic_images
@@ -63,7 +64,11 @@ class PlasticityModel(LoraModel):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         selected = getattr(peft_config, "selected_modules", None)
-        return public_name(key) in selected if selected is not None else check_target_module_exists(peft_config, key)
+        found = check_target_module_exists(peft_config, key)
+        if selected is None:
+            return found
+        # what is excluded stays marked as such, or peft warns that nothing was
+        return public_name(key) in selected or (found if isinstance(found, _ExcludedModule) else False)
 
     def _check_targets(self, config: PlasticityConfig, model: nn.Module) -> None:
         other = LoraLayer if config.adapter == "full" else FullLayer
@@ -172,9 +177,12 @@ class PlasticityModel(LoraModel):
         # peft resets this field for its own LoRA type only, and would subtract the principal components again
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path_initial_model_for_weight_conversion)
-        return super()._convert_state_dict_for_initial_model(
+        weights = dict(args[0])
+        converted = super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, *args
         )
+        # peft's conversion drops what is saved whole, such as the head
+        return {**{key: weight for key, weight in weights.items() if f".{cls.prefix}" not in key}, **converted}
 
 
 @contextmanager
@@ -331,9 +339,12 @@ def _report_for(
 
 
 def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
-    weight = base_weight(module)
-    shape = None if weight is None else (getattr(module, "out_features", weight.shape[0]), *weight.shape[1:])
-    able = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, LoraLayer))
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else base_weight(layer)
+    shape = None if weight is None else (getattr(layer, "out_features", weight.shape[0]), *weight.shape[1:])
+    able = isinstance(
+        layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, Conv1D)
+    ) or isinstance(module, LoraLayer)
     return Candidate(
         name=name,
         role="module",
@@ -341,7 +352,7 @@ def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
         component=name,
         score=score,
         component_score=score,
-        cost_per_rank=lora_cost_per_rank(type(module).__name__, shape) if able else 0,
+        cost_per_rank=lora_cost_per_rank(type(layer).__name__, shape) if able else 0,
         parameters=sum(p.numel() for p in own_parameters(module)),
     )
 
