@@ -510,13 +510,6 @@ def train(
     shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}
     card = functools.partial(model_card, adapted, report, metrics=shown, dataset=named)
     save_run(trainer, folder, card())
-    if push and main:
-        repository = training_args.hub_model_id or folder.resolve().name
-        private, token = training_args.hub_private_repo, training_args.hub_token or model_args.token
-        commit = hub.push(
-            adapted, repository, image_processor=processor, card=card(repo_id=repository), private=private, token=token
-        )
-        logger.info("Pushed the adapter to %s.", commit.repo_url)
     if main:
         record = {
             "metrics": metrics,
@@ -528,6 +521,13 @@ def train(
             "processes": training_args.world_size,
         }
         write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
+    if push and main:
+        repository = training_args.hub_model_id or folder.resolve().name
+        private, token = training_args.hub_private_repo, training_args.hub_token or model_args.token
+        commit = hub.push(
+            adapted, repository, image_processor=processor, card=card(repo_id=repository), private=private, token=token
+        )
+        logger.info("Pushed the adapter to %s.", commit.repo_url)
     return TrainResult(metrics, selection, report, trainable, parameters, trainer)
 
 

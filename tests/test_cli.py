@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from models import transformers_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
@@ -206,3 +208,44 @@ def test_the_program_starts_as_a_module_and_a_closed_pipe_is_no_error(day):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["module", "score", "rank"]
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_a_trained_adapter_is_pushed_and_predicts_by_its_id(day, tmp_path):
+    """Sharing is the last step of a user's day; the card and the report must arrive with the weights, and no pickle."""
+    calls = [
+        ["train", str(day / "train.yaml"), "--output_dir", str(day / "run"), "--max_steps", "2", "--push_to_hub"],
+        ["inspect", "--adapter", "ada/digits", "--json"],
+        [
+            "predict",
+            "--adapter",
+            "ada/digits",
+            "--images",
+            str(tmp_path / "x.png"),
+            "--base_model",
+            str(day / "base"),
+            "--json",
+        ],
+    ]
+    calls[0] += ["--hub_model_id", "ada/digits", "--hub_token", "secret"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    script = f"from plastic_peft.cli import main\nfor call in {calls!r}:\n    assert main(call) == 0, call"
+    with HubServer({"secret": "ada"}) as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**environment, "HF_HUB_DISABLE_XET": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        files = set(hub.repositories["ada/digits"].files)
+    expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "plasticity_report.json"}
+    assert expected <= files and not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+    assert '"labels"' in done.stdout and '"modules_to_save"' in done.stdout

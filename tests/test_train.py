@@ -34,6 +34,9 @@ from plastic_peft.train import (
 )
 
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Folder of a saved tiny model with its image processor."""
@@ -198,10 +201,8 @@ def test_two_processes_select_and_train_like_one(base, tmp_path):
     flags = ["--model_name_or_path", base, "--dataset_name", "digits", "--max_train_samples", "160", "--budget", "0.1"]
     flags += ["--max_eval_samples", "48", "--max_pairs", "32", "--r", "2", "--max_steps", "4", "--save_steps", "2"]
     flags += ["--save_strategy", "steps", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
-    # accelerate's --cpu starts a single process; its multi-GPU launcher with --use_cpu starts two that talk by gloo
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    config = EXAMPLES / "accelerate" / "ddp_cpu.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launch += ["--num_cpu_threads_per_process", "1", "-m", "plastic_peft", "train", "--output_dir", str(tmp_path)]
     done = subprocess.run([*launch, *flags, "--json"], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -277,7 +278,7 @@ def test_a_plain_trainer_on_these_parts_evaluates(base, tmp_path):
 def test_a_comparison_spends_equal_parameters_and_resumes(base, tmp_path):
     """A method that may train more than the others would win unfairly, and a killed comparison is hours of work."""
     model, data, plasticity = asked(base, budget="2000", lora_dropout=0.0)
-    methods = ["highest", "random", "q_proj,v_proj", "all-linear"]
+    methods = ["highest", "q_proj,v_proj", "all-linear"]
     options = run_options(tmp_path, max_steps=2, save_strategy="no", eval_strategy="no")
     table = compare(methods, [0, 1], [1e-3], model, data, plasticity, options)
     assert [record["method"] for record in table] == methods
@@ -286,7 +287,7 @@ def test_a_comparison_spends_equal_parameters_and_resumes(base, tmp_path):
     assert table[0]["difference"] == 0 and table[0]["difference_half_width"] == 0
     assert table[1]["accuracy_half_width"] == half_width([run["test"] for run in table[1]["runs"]])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
-    assert len(before) == 8
+    assert len(before) == 6
     assert compare(methods, [0, 1], [1e-3], model, data, plasticity, options) == table
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")} == before
 
@@ -297,3 +298,19 @@ def test_a_comparison_spends_equal_parameters_and_resumes(base, tmp_path):
         way_of("sideways", report, plasticity)
     with pytest.raises(ValueError, match="raise the budget"):
         way_of("all-linear", report, PlasticityArguments(budget="500", r=1))
+
+
+def test_the_shipped_accelerate_configs_are_ones_that_accelerate_reads():
+    """A key that accelerate does not know stops the launch before anything of ours runs."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {
+        path.stem: load_config_from_file(str(path)).distributed_type
+        for path in (EXAMPLES / "accelerate").glob("*.yaml")
+    }
+    assert kinds == {
+        "ddp_cpu": "MULTI_GPU",
+        "ddp_gpu": "MULTI_GPU",
+        "fsdp_full_shard": "FSDP",
+        "deepspeed_zero3": "DEEPSPEED",
+    }
