@@ -584,6 +584,27 @@ def test_quantised_layer(adapter):
         assert_same_state(base, before)
 
 
+@feature("8-bit models of bitsandbytes", full="are quantised (torch.int8)")
+def test_bitsandbytes(base, pixels, adapter):
+    """Quantised models could not be measured and adapted, or a full adapter would train integers."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes, an optional package")
+    for name in (FC1, FC2):
+        linear, (parent, _, child) = base.get_submodule(name), name.rpartition(".")
+        quantised = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+        quantised.load_state_dict(linear.state_dict())
+        setattr(base.get_submodule(parent), child, quantised)
+    base.to("cpu").is_loaded_in_8bit = True  # what transformers says of a model that it loads in 8 bits
+    assert base.get_submodule(FC1).weight.dtype == torch.int8
+    report = measure_plasticity(base, torch.randn(4, 3, 32, 32), max_pairs=4, progress=False)
+    assert FC1 in {row.name for row in report.rows}
+    before = logits(base, pixels)
+    model = get_peft_model(base, chosen(adapter)).eval()
+    model(pixel_values=pixels).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert type(model.get_submodule(f"base_model.model.{FC1}")).__module__ == "peft.tuners.lora.bnb"
+    assert not torch.allclose(logits(model, pixels), before)
+
+
 # --- full adapters -----------------------------------------------------------------------------------------------------
 
 LAYERS = {
