@@ -112,7 +112,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Structure:
     core = unwrap(model)
     tracer = _Tracer(core)
     with quiet(core):
-        output = tracer.run(_three_images(core, example_inputs))
+        output = tracer.run(entry(model), _three_images(core, example_inputs))
     return _assemble(core, tracer, output)
 
 
@@ -121,8 +121,21 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Structure:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`, data-parallel and PEFT wrappers; names are relative to it."""
+    return _layers(model)[-1]
+
+
+def entry(model: nn.Module) -> nn.Module:
+    """What to call to run a model: the unwrapped model, or where FSDP2 shards a wrapper, that one, as it gathers weights."""
+    layers = _layers(model)
+    return next((layer for layer in layers if type(layer).__name__.startswith("FSDP")), layers[-1])
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The model as given, and what is inside each of its wrappers, down to the model itself."""
     inner: Any = model
+    layers = []
     while True:
+        layers.append(inner)
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
@@ -130,7 +143,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
             inner = inner.get_base_model()
         else:
-            return inner
+            return layers
 
 
 @contextlib.contextmanager
@@ -296,7 +309,6 @@ class _Tracer:
     """Forward hooks that note order, shapes and behaviour of every module; see `Structure` for what comes out."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.names: dict[nn.Module, str] = {}
         self.opaque: set[nn.Module] = set()
         for name, module, opaque in named_leaves(model):
@@ -312,13 +324,14 @@ class _Tracer:
         self.starts: dict[nn.Module, list[int]] = {}
         self.probing = False
 
-    def run(self, inputs: Any) -> Any:
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """Call `model`, which holds the traced one."""
         handles = []
         try:
             for module in self.names:
                 handles.append(module.register_forward_pre_hook(self._enter))
                 handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
-            return call(self.model, inputs)
+            return call(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -28,6 +28,7 @@ from .components import (
     NotFiniteError,
     Structure,
     call,
+    entry,
     first_tensor,
     kind_of,
     named_leaves,
@@ -98,7 +99,7 @@ def measure_plasticity(
     device = next((p.device for p in core.parameters()), torch.device("cpu"))
 
     with _naming_the_batch(core, example, None):
-        structure = trace(core, model_inputs(core, example))
+        structure = trace(model, model_inputs(core, example))
     plans = _plan_rows(structure, inputs)
     taps = _Taps(core, structure, plans, inputs)
     moments = Moments(len(plans), confidence)
@@ -111,7 +112,7 @@ def measure_plasticity(
     with quiet(core), taps.attached(), contextlib.closing(batches), bar:
         for number, batch in enumerate(batches):
             with _naming_the_batch(core, batch.inputs, number):
-                call(core, model_inputs(core, {key: value.to(device) for key, value in batch.inputs.items()}))
+                call(entry(model), model_inputs(core, {key: value.to(device) for key, value in batch.inputs.items()}))
             moments.add(_reduce(taps.rates(batch), accelerator))
             moments.check(plans, number, batch, core)
             total = batch.last
