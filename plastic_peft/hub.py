@@ -130,6 +130,7 @@ def save_adapter(
     report: PlasticityReport | None = None,
     image_processor: Any = None,
     card: ModelCard | None = None,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Write an adapter with all that loading needs: weights, config with label names, report, picture, processor, card.
 
@@ -144,6 +145,8 @@ def save_adapter(
         report: Defaults to the report that the selection was made from, if it is at hand.
         image_processor: Defaults to `peft_model.image_processor`, if there is one.
         card: The README; defaults to `model_card(peft_model, report)`.
+        state_dict: Weights of the model, where it does not hold them whole itself: `accelerator.get_state_dict(model)`,
+            called on every process, for one that FSDP or DeepSpeed shards.
 
     Returns:
         The folder.
@@ -157,7 +160,7 @@ def save_adapter(
     labels = getattr(getattr(peft_model.get_base_model(), "config", None), "id2label", None)
     # an older adapter in the same folder must not lend its report to this one
     with whole_folder(path, instead_of=(REPORT_NAME, PICTURE_NAME, PROCESSOR_NAME)) as folder:
-        write_adapter(peft_model, adapter_name, folder)
+        write_adapter(peft_model, adapter_name, folder, state_dict)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         ranks, alphas = layout(peft_model, adapter_name)
         changed = {name: rank for name, rank in ranks.items() if rank != config.r}
@@ -190,6 +193,7 @@ def push(
     report: PlasticityReport | None = None,
     image_processor: Any = None,
     card: ModelCard | None = None,
+    state_dict: dict[str, Any] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -201,7 +205,7 @@ def push(
         repo_id: `"user/name"`.
         private: Whether a new repository is private; by default, as the account or organisation has it.
         token, revision, commit_message: As in `huggingface_hub.HfApi.upload_folder`.
-        peft_model, adapter_name, report, image_processor, card: As in `save_adapter`.
+        peft_model, adapter_name, report, image_processor, card, state_dict: As in `save_adapter`.
 
     Returns:
         The commit.
@@ -219,7 +223,13 @@ def push(
         )
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(
-            peft_model, folder, adapter_name=adapter_name, report=report, image_processor=image_processor, card=card
+            peft_model,
+            folder,
+            adapter_name=adapter_name,
+            report=report,
+            image_processor=image_processor,
+            card=card,
+            state_dict=state_dict,
         )
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -445,9 +455,11 @@ def layout(peft_model: PeftModel, adapter_name: str) -> tuple[dict[str, int], di
     return ranks, alphas
 
 
-def write_adapter(peft_model: PeftModel, adapter_name: str, folder: Path) -> None:
+def write_adapter(
+    peft_model: PeftModel, adapter_name: str, folder: Path, state_dict: dict[str, Any] | None = None
+) -> None:
     """PEFT's files of one adapter, directly in `folder` whatever the adapter's name."""
-    peft_model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+    peft_model.save_pretrained(str(folder), selected_adapters=[adapter_name], state_dict=state_dict)
     inner = folder / adapter_name
     if adapter_name != "default":
         for file in inner.iterdir():
