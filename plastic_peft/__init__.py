@@ -15,9 +15,11 @@ from .tuner import PlasticityConfig, PlasticityModel
 
 if TYPE_CHECKING:
     from .callback import PlasticityCallback
+    from .card import model_card
     from .embedded import load_vit_nano, vit_nano_source_images
     from .export import export_lora, export_merged
     from .hub import AutoPlasticModelForImageClassification, push, save_adapter
+    from .untrusted import validate_adapter_config
 
 
 __version__ = "0.1.0"
@@ -29,8 +31,10 @@ _LATER = {
     "export_lora": "export",
     "export_merged": "export",
     "load_vit_nano": "embedded",
+    "model_card": "card",
     "push": "hub",
     "save_adapter": "hub",
+    "validate_adapter_config": "untrusted",
     "vit_nano_source_images": "embedded",
 }
 
@@ -47,9 +51,11 @@ __all__ = [
     "find_components",
     "load_vit_nano",
     "measure_plasticity",
+    "model_card",
     "plasticity_bounds",
     "push",
     "save_adapter",
+    "validate_adapter_config",
     "vit_nano_source_images",
 ]
 
