@@ -31,7 +31,7 @@ from .components import (
     unwrap,
 )
 from .images import model_inputs
-from .measure import library_versions
+from .measure import origin
 from .report import PlasticityReport, Row
 
 
@@ -98,11 +98,8 @@ def plasticity_bounds(
         tolerance=0.0,
         seed=0,
         max_pairs=0,
-        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or kind_of(core),
-        base_parameters=structure.parameters,
-        fingerprint=structure.fingerprint,
-        versions=library_versions(),
         notes=tuple(notes),
+        **origin(core, structure),
     )
 
 

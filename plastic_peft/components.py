@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -87,7 +87,6 @@ class Structure:
     fingerprint: str
     labels: int | None = None
     parameters: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def find_components(model: nn.Module, example_inputs: Any = None) -> list[Component]:
@@ -186,7 +185,7 @@ def synthetic_images(model: nn.Module, count: int, seed: int = 0) -> torch.Tenso
     """Smooth random images (count, channels, height, width) of the size in the model's config.
 
     Raises:
-        ValueError: If the config states no image size.
+        ValueError: If the config states no usable image size.
     """
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
@@ -196,10 +195,15 @@ def synthetic_images(model: nn.Module, count: int, seed: int = 0) -> torch.Tenso
             f"{type(model).__name__} has no config.image_size, so its input cannot be guessed: pass images of the size it "
             "takes (find_components: example_inputs=pixel_values; measure_plasticity: target=...)."
         )
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    sides = [size, size] if isinstance(size, int) else list(size)[:2] if isinstance(size, (list, tuple)) else []
+    if len(sides) < 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(
+            f"{type(model).__name__} has config.image_size={size!r}, which is neither a side in pixels nor (height, width): pass "
+            "images of the size it takes (find_components: example_inputs=pixel_values; measure_plasticity: target=...)."
+        )
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, getattr(config, "num_channels", 3), 8, 8, generator=generator)
-    images = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+    images = nn.functional.interpolate(coarse, size=tuple(sides), mode="bicubic", align_corners=False)
     images = images + 0.1 * torch.randn(images.shape, generator=generator)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
     return images.to(parameter.device, parameter.dtype)
@@ -263,6 +267,10 @@ class NotFiniteError(ValueError):
     """A module's output holds NaN or infinity."""
 
 
+class UnknownStructureError(ValueError):
+    """No transformer blocks can be read from a model."""
+
+
 @dataclass
 class _Unit:
     """A module in which tokens meet: the innermost one with linears whose outputs reach other tokens."""
@@ -310,13 +318,15 @@ class _Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self.names: dict[nn.Module, str] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.opaque: set[nn.Module] = set()
         for name, module, opaque in named_leaves(model):
-            self.names.setdefault(module, name)
+            self.modules[self.names.setdefault(module, name)] = module
             if opaque:
                 self.opaque.add(module)
         self.leaves: dict[str, Leaf] = {}
         self.units: list[_Unit] = []
+        self.probed: dict[Any, tuple[list[str], str | None]] = {}
         self.dims: dict[str, tuple[int, int]] = {}
         self.kinds: dict[str, str] = {}
         self.executed: list[str] = []
@@ -426,7 +436,20 @@ class _Tracer:
     ) -> None:
         if y.ndim < 3 and not any(leaf.linear for leaf in inner):
             return
-        modules = {n: m for m, n in self.names.items()}
+        # attentions of the same make answer alike: the first of them is asked
+        make = (self.kinds[name], y.shape, *((leaf.name[len(name) :], leaf.kind, leaf.shape) for leaf in inner))
+        if make not in self.probed:
+            feeding, output = self._probe(module, name, inner, y, args, kwargs)
+            self.probed[make] = [leaf[len(name) :] for leaf in feeding], output and output[len(name) :]
+        feeding, output = self.probed[make]
+        if feeding:
+            whole = [name + leaf for leaf in feeding]
+            self.units.append(_Unit(name, start, _checksum(y), whole, None if output is None else name + output))
+
+    def _probe(
+        self, module: nn.Module, name: str, inner: list[Leaf], y: torch.Tensor, args: Any, kwargs: Any
+    ) -> tuple[list[str], str | None]:
+        """Which linears inside `module` feed an attention (none if there is no attention), and which one puts it out."""
 
         def noise_on(leaf: Leaf, watched: list[Leaf]) -> tuple[torch.Tensor | None, set[str]]:
             """Run again with noise on one token that `leaf` puts out; return the output and which inputs changed."""
@@ -439,8 +462,10 @@ class _Tracer:
 
                 return hook
 
-            handles = [modules[leaf.name].register_forward_hook(lambda m, a, out: _perturb_token(out, leaf.out_dim))]
-            handles += [modules[other.name].register_forward_pre_hook(compare(other)) for other in watched]
+            handles = [
+                self.modules[leaf.name].register_forward_hook(lambda m, a, out: _perturb_token(out, leaf.out_dim))
+            ]
+            handles += [self.modules[other.name].register_forward_pre_hook(compare(other)) for other in watched]
             try:
                 return self._again(module, args, kwargs), moved
             finally:
@@ -457,7 +482,7 @@ class _Tracer:
             if same and after is not None and _touched_tokens(y, after, self.dims[name][1]) > 1:
                 feeding.append(leaf.name)
         if not feeding:
-            return
+            return [], None
         # the output projection is the first linear that receives what was mixed; a query, which reaches its own token
         # only, receives nothing mixed and moves what the output projection receives, or the output where there is none
         downstream = noise_on(self.leaves[feeding[0]], linears)[1]
@@ -468,7 +493,7 @@ class _Tracer:
             after, moved = noise_on(leaf, [output] if output else [])
             if moved or (output is None and after is not None and not torch.equal(after, y)):
                 feeding.append(leaf.name)
-        self.units.append(_Unit(name, start, _checksum(y), feeding, output.name if output else None))
+        return feeding, output.name if output else None
 
 
 def _perturb_token(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -586,7 +611,7 @@ def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
         ]
         blocks.append(_Block(chosen, unit, attention, [leaf for leaf in within if leaf not in attention]))
     _lend_following_mlp(blocks, leaves)
-    kinds = [tracer_kind(tracer, block.name) for block in blocks]
+    kinds = [kind_of(tracer.modules[block.name]) for block in blocks]
     repeated = [block for block, kind in zip(blocks, kinds, strict=True) if kinds.count(kind) > 1]
     return repeated or blocks
 
@@ -604,13 +629,6 @@ def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
             for leaf in leaves
             if start < leaf.start < end and leaf not in block.rest and _inside(leaf.name, siblings)
         ]
-
-
-def tracer_kind(tracer: _Tracer, name: str) -> str:
-    for module, public in tracer.names.items():
-        if public == name:
-            return kind_of(module)
-    return ""
 
 
 def _assign_block_roles(block: _Block, index: int) -> None:
@@ -654,7 +672,7 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
     blocks = _find_blocks(tracer, leaves)
     if not blocks:
         kinds = sorted({leaf.kind for leaf in leaves})
-        raise ValueError(
+        raise UnknownStructureError(
             f"No transformer blocks found in {kind_of(model)}: none of its {len(leaves)} executed modules with parameters "
             f"({', '.join(kinds) or 'none'}) feeds an attention, that is, lets one token of its output reach other tokens. If "
             "this model is no vision transformer, choose the modules yourself: PlasticityConfig(target_modules=[...])."

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embedded import located
+
 
 Batch = dict[str, torch.Tensor]
 Processor = Callable[..., Any]
@@ -49,7 +51,7 @@ def find_processor(model: nn.Module) -> Processor | None:
     from transformers import AutoImageProcessor
 
     try:
-        processor: Processor = AutoImageProcessor.from_pretrained(name)
+        processor: Processor = AutoImageProcessor.from_pretrained(located(name))
     except (OSError, ValueError):
         return None
     return processor
@@ -212,6 +214,15 @@ def first_pair(target: Any, source: Any, processor: Processor | None) -> tuple[B
         raise ValueError("target holds no images: the loader is empty.")
     rest: Iterable[Any] = itertools.chain(head, images.images)
     return _stack(head, "target"), rest, source
+
+
+def most_pairs(target: Any, source: Any, limit: int) -> int:
+    """How many pairs there can be, at most `limit`, which a stream of unknown length gets."""
+    images = [as_images(data, None, "data") for data in (target, source) if data is not None]
+    if any(isinstance(data, Stream) for data in images):
+        return limit
+    lengths = [len(data) for data in images if isinstance(data, Indexed)]
+    return min(limit, max(lengths) if len(lengths) > 1 else lengths[0] // 2)
 
 
 def pair_batches(

@@ -27,6 +27,7 @@ from .components import (
     Component,
     NotFiniteError,
     Structure,
+    UnknownStructureError,
     call,
     entry,
     first_tensor,
@@ -38,8 +39,9 @@ from .components import (
     trace,
     unwrap,
 )
-from .images import PairBatch, Processor, find_processor, first_pair, model_inputs, pair_batches
-from .report import PlasticityReport, Row
+from .images import PairBatch, Processor, find_processor, first_pair, model_inputs, most_pairs, pair_batches
+from .report import PlasticityReport, Row, candidates
+from .selection import select
 
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 INPUTS = ("hidden", "embedding")
 _LEAST_PAIRS = 8
+# from this many features on, four images at a time stay in a processor's cache while their four distances are taken
+_WIDE = 2**17
 
 
 def measure_plasticity(
@@ -108,7 +112,9 @@ def measure_plasticity(
         target, source, processor, batch_size=batch_size, max_pairs=max_pairs, seed=seed, rank=rank, world=world
     )
     show = progress and (accelerator is None or accelerator.is_main_process)
-    bar = tqdm(total=max_pairs, desc="plasticity", unit="pair", disable=not show, leave=False)
+    bar = tqdm(
+        total=most_pairs(target, source, max_pairs), desc="plasticity", unit="pair", disable=not show, leave=False
+    )
     with quiet(core), taps.attached(), contextlib.closing(batches), bar:
         for number, batch in enumerate(batches):
             with _naming_the_batch(core, batch.inputs, number):
@@ -121,9 +127,8 @@ def measure_plasticity(
             bar.set_postfix_str(f"widest interval ±{width:.1%}" if math.isfinite(width) else "")
             settled = moments.pairs() >= _LEAST_PAIRS and width < tolerance
             if settled and selection is not None:
-                settled = _selection_is_settled(
-                    _rows(plans, structure, moments, source is not None), structure, selection
-                )
+                rows = _rows(plans, structure, moments, source is not None)
+                settled = _selection_is_settled(rows, structure.parameters, selection)
             if settled:
                 stopped = "settled"
                 break
@@ -150,11 +155,8 @@ def measure_plasticity(
         tolerance=tolerance,
         seed=seed,
         max_pairs=max_pairs,
-        base_model=getattr(getattr(core, "config", None), "_name_or_path", "") or kind_of(core),
-        base_parameters=structure.parameters,
-        fingerprint=structure.fingerprint,
-        versions=library_versions(),
-        notes=tuple(structure.notes + [f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()]),
+        notes=tuple(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
+        **origin(core, structure),
     )
 
 
@@ -163,9 +165,15 @@ def measure_on_synthetic_images(model: nn.Module, *, pairs: int = 64, **options:
     return measure_plasticity(model, synthetic_images(unwrap(model), 2 * pairs), progress=False, **options)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a measurement."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft")}}
+def origin(model: nn.Module, structure: Structure) -> dict[str, Any]:
+    """The fields of a report that say which model was measured, with which versions."""
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or kind_of(model),
+        "base_parameters": structure.parameters,
+        "fingerprint": structure.fingerprint,
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
 def _check_arguments(inputs: str, max_pairs: int, tolerance: float, confidence: float, batch_size: int) -> None:
@@ -186,9 +194,9 @@ def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], numbe
         yield
     except NotFiniteError as error:
         raise NotFiniteError(f"{error} on the first images. {_precision_advice(model)}") from None
+    except UnknownStructureError:
+        raise
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        if "transformer blocks found" in str(error):
-            raise
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
         where = "the first images" if number is None else f"batch {number}"
         raise ValueError(
@@ -316,12 +324,13 @@ class _Taps:
         known = self.seen.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        rows = per_image(tensor.detach(), dim, self.images)
-        n, half = self.images // 2, self.images // 4
-        sources, targets = rows[:n], rows[n:]
-        distance = torch.cat(
-            [_norm(sources, targets), _norm(sources[:half], sources[half:]), _norm(targets[:half], targets[half:])]
-        )
+        # (source or target, first or second half, image, features)
+        rows = per_image(tensor.detach(), dim, self.images).unflatten(0, (2, 2, -1))
+        at_once = 1 if rows.device.type == "cpu" and rows.shape[-1] >= _WIDE else rows.shape[2]
+        parts = [
+            torch.stack([_norm(part[0], part[1]), _norm(part[:, 0], part[:, 1])]) for part in rows.split(at_once, dim=2)
+        ]
+        distance = torch.cat(parts, dim=-1).flatten()
         self.seen[id(tensor)] = (weakref.ref(tensor), tensor._version, distance)
         return distance
 
@@ -381,8 +390,8 @@ class _Taps:
 
 def _norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype not in (torch.float32, torch.float64):
-        return torch.linalg.vector_norm(a.float().sub_(b), dim=1)
-    return torch.linalg.vector_norm(a - b, dim=1)
+        return torch.linalg.vector_norm(a.float().sub_(b), dim=-1)
+    return torch.linalg.vector_norm(a - b, dim=-1)
 
 
 def _reduce(sums: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor:
@@ -487,23 +496,11 @@ def _rows(plans: list[_Plan], structure: Structure, moments: Moments, with_sourc
     return rows
 
 
-def _selection_is_settled(rows: list[Row], structure: Structure, options: Mapping[str, Any]) -> bool:
+def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mapping[str, Any]) -> bool:
     """Does the selection stay when every selected score moves to the bad end of its interval and the others to the good?"""
-    report = PlasticityReport(
-        rows=tuple(rows),
-        inputs="hidden",
-        pairs=0,
-        dropped=0,
-        stopped="",
-        confidence=0.5,
-        tolerance=0,
-        seed=0,
-        max_pairs=0,
-        base_model="",
-        base_parameters=structure.parameters,
-        fingerprint="",
-    )
-    chosen = report.select(**options)
+    options = dict(options)
+    signal = options.pop("signal", "plasticity")
+    chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
     names, units = set(chosen.modules), set(chosen.units)
     toward_low = options.get("order", "highest") != "lowest"
 
@@ -517,8 +514,8 @@ def _selection_is_settled(rows: list[Row], structure: Structure, options: Mappin
         scale = end / row.mean if row.mean > 0 else 1.0
         return replace(row, mean=end, shift=None if row.shift is None else row.shift * scale)
 
-    moved = replace(report, rows=tuple(shaken(row) for row in rows)).select(**options)
-    return set(moved.modules) == names
+    moved = candidates([shaken(row) for row in rows], signal)
+    return set(select(moved, base_parameters=base_parameters, **options).modules) == names
 
 
 def _holds(rows: list[Row], component: Row, names: set[str]) -> bool:

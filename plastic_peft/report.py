@@ -203,36 +203,42 @@ class PlasticityReport:
     # --- selection -------------------------------------------------------------------------------------------------
 
     def candidates(self, signal: str = "plasticity") -> list[Candidate]:
-        """The modules inside blocks with their scores, ready for `plastic_peft.selection.select`.
-
-        Raises:
-            ValueError: If the signal is unknown or was not measured.
-        """
-        if signal not in SIGNALS:
-            raise ValueError(f"signal={signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
-        components = {(row.name, row.role): row for row in self.select_rows("component")}
-        found = []
-        for row in self.select_rows("module"):
-            if row.role not in BLOCK_ROLES or row.block is None:
-                continue
-            component = components.get((row.component, row.role), row)
-            found.append(
-                Candidate(
-                    name=row.name,
-                    role=row.role,
-                    block=row.block,
-                    component=row.component,
-                    score=_signal(row, signal),
-                    component_score=_signal(component, signal),
-                    cost_per_rank=lora_cost_per_rank(row.kind, row.shape),
-                    parameters=row.parameters,
-                )
-            )
-        return found
+        """The modules inside blocks with their scores; errors as in `plastic_peft.report.candidates`."""
+        return candidates(self.rows, signal)
 
     def select(self, *, signal: str = "plasticity", **options: Any) -> Selection:
         """Choose modules and ranks by this report; options as in `plastic_peft.selection.select`."""
         return select(self.candidates(signal), base_parameters=self.base_parameters, **options)
+
+
+def candidates(rows: Iterable[Row], signal: str = "plasticity") -> list[Candidate]:
+    """The modules inside blocks with their scores, ready for `plastic_peft.selection.select`.
+
+    Raises:
+        ValueError: If the signal is unknown or was not measured.
+    """
+    if signal not in SIGNALS:
+        raise ValueError(f"signal={signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
+    rows = list(rows)
+    components = {(row.name, row.role): row for row in rows if row.level == "component"}
+    found = []
+    for row in rows:
+        if row.level != "module" or row.role not in BLOCK_ROLES or row.block is None:
+            continue
+        component = components.get((row.component, row.role), row)
+        found.append(
+            Candidate(
+                name=row.name,
+                role=row.role,
+                block=row.block,
+                component=row.component,
+                score=_signal(row, signal),
+                component_score=_signal(component, signal),
+                cost_per_rank=lora_cost_per_rank(row.kind, row.shape),
+                parameters=row.parameters,
+            )
+        )
+    return found
 
 
 def lora_cost_per_rank(kind: str, shape: tuple[int, ...] | None) -> int:
