@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
+from .embedded import NAME, portable_name
 from .report import LABELS, PlasticityReport
 
 
@@ -46,7 +47,7 @@ def model_card(
     config: Any = peft_model.peft_config[adapter_name]
     report = report if report is not None else getattr(config, "report", None)
     base_config = getattr(peft_model.get_base_model(), "config", None)
-    base = config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", "") or None
+    base = portable_name(config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", ""))
     labels = getattr(base_config, "id2label", None)
     names = [str(labels[index]) for index in sorted(labels)] if labels else []
     title = (repo_id or "plasticity adapter").rpartition("/")[2]
@@ -62,7 +63,7 @@ def model_card(
         if dataset
     ]
     data = ModelCardData(
-        base_model=base if _is_repo_id(base) else None,
+        base_model=base if base != NAME and _is_repo_id(base) else None,
         datasets=dataset if _is_repo_id(dataset) else None,
         eval_results=results or None,
         library_name="peft",
@@ -138,6 +139,15 @@ def _modules(config: Any) -> str:
 
 
 def _usage(repo_id: str, base: str, labels: int, adapter: str) -> str:
+    build = (
+        f'AutoModelForImageClassification.from_pretrained("{base}", num_labels={labels}, ignore_mismatched_sizes=True)'
+    )
+    imports = (
+        "import plastic_peft\nfrom peft import PeftModel\nfrom transformers import AutoModelForImageClassification"
+    )
+    if base == NAME:
+        build = f"load_vit_nano(num_labels={labels})  # the base model comes with plastic_peft"
+        imports = "from peft import PeftModel\nfrom plastic_peft import load_vit_nano"
     text = f"""## How to load it
 
 ```python
@@ -148,30 +158,25 @@ model = AutoPlasticModelForImageClassification.from_pretrained("{repo_id}")
 classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
 ```
 
+`peft` loads it onto a base model of yours once `plastic_peft` is imported:
+
+```python
+{imports}
+
+base = {build}
+model = PeftModel.from_pretrained(base, "{repo_id}")
+```
+
 """
-    if adapter == "lora":
+    if adapter == "lora" and base != NAME:
         return (
             text
-            + f"""Where `plastic_peft` is not installed, `peft` alone loads what `plastic_peft.export_lora(model, "folder")` writes:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForImageClassification
-
-base = AutoModelForImageClassification.from_pretrained("{base}", num_labels={labels}, ignore_mismatched_sizes=True)
-model = PeftModel.from_pretrained(base, "folder")
-```"""
+            + 'Where `plastic_peft` is not installed, `peft` alone loads what `plastic_peft.export_lora(model, "folder")` '
+            'writes: `PeftModel.from_pretrained(base, "folder")`.'
         )
     return (
-        text
-        + """Where `plastic_peft` is not installed, `transformers` alone loads what
-`plastic_peft.export_merged(model, "folder")` writes:
-
-```python
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("folder")
-```"""
+        text + "Where `plastic_peft` is not installed, `transformers` alone loads what\n"
+        '`plastic_peft.export_merged(model, "folder")` writes: `AutoModelForImageClassification.from_pretrained("folder")`.'
     )
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -28,6 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .card import model_card
 from .components import BLOCK_ROLES, named_leaves
+from .embedded import VIT_NANO, call_by_name, located
 from .names import renamed_keys
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
@@ -99,7 +101,7 @@ class AutoPlasticModelForImageClassification:
             source = getattr(base, "name_or_path", "")
             _relabel(base, config.labels)
         else:
-            source = os.fspath(base_model) if base_model is not None else _base_name(config, remote)
+            source = located(base_model) if base_model is not None else _base_name(config, remote)
             base, unsettled = _load_base(source, config, base_model is None, hub, model_kwargs)
         recorded = config.checkpoint_names
         adopt_names(config, base)
@@ -174,7 +176,7 @@ def save_adapter(
         )
         if labels:
             facts["labels"] = [str(labels[index]) for index in sorted(labels)]
-        write_whole(folder / CONFIG_NAME, json.dumps(facts, indent=2, sort_keys=True))
+        write_whole(folder / CONFIG_NAME, json.dumps(facts, indent=2))
         if report is not None:
             report.save(folder)
             report.plot(folder / PICTURE_NAME)
@@ -216,7 +218,7 @@ def push(
     """
     config = plasticity_config(peft_model, adapter_name)
     base = str(config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", ""))
-    if not _is_repo_id(base) or Path(base).is_dir():
+    if base != str(VIT_NANO) and (not _is_repo_id(base) or Path(base).is_dir()):
         warnings.warn(
             f"The base model {base!r} is not on the Hub, so that others have to pass base_model= to load {repo_id}.",
             stacklevel=2,
@@ -295,6 +297,8 @@ def _base_name(config: PlasticityConfig, remote: bool) -> str:
     if not name:
         raise ValueError("The adapter does not say what its base model is: pass base_model=.")
     local = Path(name)
+    if name == str(VIT_NANO):
+        return name
     if not remote and local.is_dir():
         if not (local / "config.json").is_file():
             raise ValueError(f"The adapter's base model {name} is a folder without config.json: pass base_model=.")
@@ -313,6 +317,9 @@ def _load_base(
     hub = {**hub, "revision": config.revision if named_by_adapter and not Path(source).is_dir() else None}
     if find_adapter_config_file(source, **hub) is not None:
         raise ValueError(f"The base model {source} is itself an adapter: pass the model that it adapts as base_model=.")
+    if source == str(VIT_NANO):
+        # half precision keeps its file small, and is not what adapters for it are trained on
+        kwargs.setdefault("dtype", torch.float32)
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **kwargs, "output_loading_info": True}
     if config.labels is not None:
         kwargs |= {
@@ -327,6 +334,7 @@ def _load_base(
         base, info = AutoModelForImageClassification.from_pretrained(source, **hub, **kwargs)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    call_by_name(base)
     # transformers 5 gives mismatched keys with their shapes
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     return base, {*info["missing_keys"], *mismatched} & {name for name, _ in base.named_parameters()}

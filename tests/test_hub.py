@@ -26,8 +26,9 @@ from transformers import (
     pipeline,
 )
 
-from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity
+from plastic_peft import PlasticityConfig, PlasticityReport, load_vit_nano, measure_plasticity
 from plastic_peft.card import model_card
+from plastic_peft.embedded import VIT_NANO
 from plastic_peft.export import export_lora, export_merged
 from plastic_peft.hub import AutoPlasticModelForImageClassification, save_adapter
 from plastic_peft.names import checkpoint_names, compact, renamings
@@ -239,6 +240,97 @@ def test_saving_is_whole_and_leaves_nothing_of_an_older_adapter(base_folder, rep
         save_adapter(trained(base_folder, target_modules=["fc2"]), target, image_processor=Broken())
     assert (target / "adapter_config.json").read_bytes() == before
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("save", [save_adapter, lambda model, folder: model.save_pretrained(folder)])
+def test_the_order_of_the_selection_is_kept_on_disk(save, base_folder, report, tmp_path):
+    """Without it, a saved adapter would list its modules by name, and nobody could tell the first choice from the last."""
+    model = trained(base_folder, plasticity=report, top_k=6, granularity="module", order="random")
+    wanted = list(model.peft_config["default"].selected_modules)
+    save(model, tmp_path)
+    assert (
+        list(json.loads((tmp_path / "adapter_config.json").read_text())["selected_modules"]) == wanted != sorted(wanted)
+    )
+    for loaded in (
+        AutoPlasticModelForImageClassification.from_pretrained(tmp_path),
+        PeftModel.from_pretrained(load_base(base_folder), tmp_path),
+    ):
+        assert list(loaded.peft_config["default"].selected_modules) == wanted
+
+
+# --- the model that the package carries --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """An adapted vit_nano whose adapter differs from its initial state."""
+    model = get_peft_model(
+        load_vit_nano(num_labels=3), PlasticityConfig(target_modules=["fc1"], r=1, init_lora_weights=False)
+    )
+    return model.eval()
+
+
+def named(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_the_packaged_model_has_the_same_name_everywhere(nano, tmp_path):
+    """Without it, an adapter for vit_nano would name a folder of its author's machine, and load on no other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        nano.save_pretrained(tmp_path / "plain")
+    save_adapter(nano, tmp_path / "adapter")
+    export_lora(nano, tmp_path / "lora")
+    for folder in tmp_path.iterdir():
+        assert named(folder) == "vit_nano"
+        assert not any(str(VIT_NANO).encode() in file.read_bytes() for file in folder.iterdir())
+    # an older release stored the folder, which may be gone or be another installation's
+    for old in (str(VIT_NANO), "/gone/plastic_peft/assets/vit_nano", r"C:\gone\plastic_peft\assets\vit_nano"):
+        shutil.copytree(tmp_path / "adapter", tmp_path / "old", dirs_exist_ok=True)
+        config = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
+        (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": old}))
+        loaded = AutoPlasticModelForImageClassification.from_pretrained(tmp_path / "old")
+        torch.testing.assert_close(logits(loaded), logits(nano), rtol=0, atol=1e-5)
+        assert loaded.image_processor.size["height"] == 32
+    save_adapter(loaded, tmp_path / "again")
+    assert named(tmp_path / "again") == "vit_nano"
+    given = AutoPlasticModelForImageClassification.from_pretrained(tmp_path / "adapter", base_model="vit_nano")
+    torch.testing.assert_close(logits(given), logits(nano), rtol=0, atol=1e-5)
+
+
+def test_another_installation_loads_an_adapter_of_the_packaged_model(nano, tmp_path):
+    """Without it, the command line of another machine could not predict with an adapter for vit_nano, or export it."""
+    save_adapter(nano, tmp_path / "adapter")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    shutil.copytree(
+        VIT_NANO.parents[1], tmp_path / "site" / "plastic_peft", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    answers = run(
+        f"""
+        import contextlib, io, json, os
+        os.chdir({str(tmp_path)!r})
+        import plastic_peft
+        from plastic_peft.cli import main
+        assert plastic_peft.__file__.startswith(os.getcwd())
+        def ask(*arguments):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert main([*arguments, "--adapter", "adapter", "--json"]) == 0
+            return json.loads(out.getvalue())
+        print(json.dumps([
+            ask("inspect"), ask("predict", "--images", "red.png", "--top", "1"),
+            ask("export", "--output_dir", "merged", "--format", "merged"),
+        ]))
+        """,
+        PYTHONPATH=str(tmp_path / "site"),
+    )
+    assert answers[0]["base_model"] == "vit_nano"
+    pixels = ViTImageProcessor.from_pretrained(VIT_NANO)(Image.open(tmp_path / "red.png"), return_tensors="pt")
+    with torch.no_grad():
+        best = nano(**pixels).logits.softmax(-1).max(-1)
+    assert answers[1][0]["labels"] == [nano.config.id2label[best.indices.item()]]
+    assert answers[1][0]["probabilities"] == pytest.approx(best.values.tolist(), abs=1e-4)
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(nano), rtol=0, atol=1e-4)
 
 
 # --- export ------------------------------------------------------------------------------------------------------------
@@ -453,6 +545,14 @@ def test_card_tells_what_a_reader_needs(base_folder, report):
     assert f"| {best['mean']:.4g} |" in text and "0.875" in text
     assert all(f"`{name}`" in text for name in model.peft_config["default"].selected_modules)
     assert 'from_pretrained("ann/pets")' in text and "export_lora" in text and "cat, dog, cow" in text
+    assert 'AutoModelForImageClassification.from_pretrained("user/base", num_labels=3' in text
+
+
+def test_card_says_where_the_packaged_model_comes_from(nano):
+    """Without it, readers would look for vit_nano on the Hub, or be told a path of the author's machine."""
+    card = model_card(nano)
+    assert card.data.base_model is None
+    assert "base = load_vit_nano(num_labels=3)" in str(card) and str(VIT_NANO) not in str(card)
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------------

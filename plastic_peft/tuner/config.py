@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 
-from ..report import SIGNALS, PlasticityReport
+from ..embedded import located, portable_name
+from ..report import SIGNALS, PlasticityReport, write_whole
 from ..selection import check_options
 from .registration import add_peft_type
 
@@ -135,6 +138,9 @@ class PlasticityConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        if self.base_model_name_or_path:
+            # files hold the name; peft looks at the base model's files before it saves, and would ask the Hub for a name
+            self.base_model_name_or_path = located(self.base_model_name_or_path)
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         check_options(
@@ -191,14 +197,22 @@ class PlasticityConfig(LoraConfig):
             None if isinstance(self.plasticity, PlasticityReport) else self.plasticity,
         )
         try:
-            return super().to_dict()
+            facts = super().to_dict()
         finally:
             self.plasticity = held
+        if self.base_model_name_or_path:
+            facts["base_model_name_or_path"] = portable_name(self.base_model_name_or_path)
+        return facts
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        if self.selected_modules is not None:
+            # peft sorts the names, and their order is that of the selection, the best first
+            facts = json.loads(path.read_text(encoding="utf-8")) | {"selected_modules": self.selected_modules}
+            write_whole(path, json.dumps(facts, indent=2))
         if self._report is not None:
-            self._report.save(Path(save_directory))
+            self._report.save(path.parent)
 
 
 def _refuse_lora_options(config: LoraConfig) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, public_name, trace
+from ..embedded import portable_name
 from ..measure import measure_on_synthetic_images
 from ..names import checkpoint_names, compact, elsewhere, renamed_keys, renamings
 from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
@@ -46,6 +47,11 @@ class PlasticityModel(LoraModel):
     """
 
     tuner_layer_cls = (LoraLayer, FullLayer)  # type: ignore[assignment]
+
+    @property
+    def name_or_path(self) -> str:
+        """The base model's name in the tags of peft's model card."""
+        return portable_name(self.model.name_or_path)  # type: ignore[arg-type]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
