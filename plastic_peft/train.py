@@ -45,7 +45,7 @@ from .data import (
     transform_of,
     with_pixels,
 )
-from .embedded import VIT_NANO, vit_nano_source_images
+from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
 from .measure import measure_plasticity
 from .metrics import load_metric
 from .report import REPORT_NAME, PlasticityReport, write_whole
@@ -257,11 +257,12 @@ def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -
     head: dict[str, Any] = {}
     if labels is not None:
         head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    path = str(VIT_NANO) if name == VIT_NANO.name else name
+    path = located(name)
     try:
         model = AutoModelForImageClassification.from_pretrained(
             path, ignore_mismatched_sizes=True, dtype=torch.float32, **head, **where
         )
+        call_by_name(model)
         processor = AutoImageProcessor.from_pretrained(path, **where)
     except OSError as error:
         raise FileNotFoundError(f"Model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
