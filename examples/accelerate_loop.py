@@ -12,9 +12,10 @@ from transformers import AutoImageProcessor
 from plastic_peft import PlasticityConfig, load_vit_nano, measure_plasticity, save_adapter, vit_nano_source_images
 from plastic_peft.data import collate, load_images, transform_of, with_pixels
 from plastic_peft.embedded import VIT_NANO
+from plastic_peft.train import shard_by_block
 
 
-def main(output: str = "runs/digits-loop", epochs: int = 3) -> float:
+def main(output: str = "runs/digits-loop", epochs: int = 2) -> float:
     # `--cpu` on the command line, because accelerate's own --cpu starts one process only
     accelerator = Accelerator(cpu="--cpu" in sys.argv)
     set_seed(0)
@@ -32,6 +33,7 @@ def main(output: str = "runs/digits-loop", epochs: int = 3) -> float:
     report = measure_plasticity(model, splits["train"], source, accelerator=accelerator)
     model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=0.03, r=8, lora_alpha=16))
 
+    shard_by_block(model, accelerator)  # does nothing unless the launch is configured for FSDP
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
     model, optimizer, train, test = accelerator.prepare(model, optimizer, train, test)
     for epoch in range(epochs):
@@ -51,8 +53,9 @@ def main(output: str = "runs/digits-loop", epochs: int = 3) -> float:
         predicted, labels = accelerator.gather_for_metrics((predicted, batch["labels"]))
         right, total = right + int((predicted == labels).sum()), total + len(labels)
     accelerator.print(f"test accuracy {right / total:.4f} on {accelerator.num_processes} process(es)")
+    weights = accelerator.get_state_dict(model)  # on every process: each may hold a part of the weights
     if accelerator.is_main_process:
-        save_adapter(accelerator.unwrap_model(model), output, image_processor=processor)
+        save_adapter(accelerator.unwrap_model(model), output, image_processor=processor, state_dict=weights)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return right / total

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional
 
+from .faults import explained
+
 
 if TYPE_CHECKING:
     from .report import PlasticityReport
@@ -128,7 +130,7 @@ def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     name = data_args.dataset_name or data_args.train_dir
     if not name:
         raise ValueError("Say which images to measure on: --dataset_name or --train_dir.")
-    _check_writable(output.output)
+    _check_writable("--output", output.output)
     state = PartialState()
     with state.main_process_first():
         images = load_unlabelled(name, split="train")
@@ -193,6 +195,7 @@ def compare(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     from . import runs
 
     model_args, data_args, plasticity_args, training_args, what = _parse_training(parser, argv, Comparison)
+    _check_writable("--output_dir", f"{training_args.output_dir}/{runs.COMPARISON_NAME}")
     table = runs.compare(
         what.methods, what.seeds, what.learning_rates, model_args, data_args, plasticity_args, training_args
     )
@@ -223,6 +226,8 @@ def predict(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     _require(what, "adapter", "images")
     if what.output and Path(what.output).suffix not in (".csv", ".json"):
         raise ValueError(f"--output {what.output} must end in .csv or .json.")
+    if what.output:
+        _check_writable("--output", what.output)
     rows = _predictions(what)
     if what.output:
         write_whole(Path(what.output), _csv(rows) if what.output.endswith(".csv") else _json(rows))
@@ -276,6 +281,7 @@ def export(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
 
     (what,) = _parse(parser, argv, Export)
     _require(what, "adapter", "output_dir")
+    _check_writable("--output_dir", what.output_dir)
     model = _load_adapter(what.adapter, what.base_model)
     path = (export_lora if what.format == "lora" else export_merged)(model, what.output_dir)
     return _json({"path": str(path), "format": what.format}) if what.json else f"Written to {path}"
@@ -392,15 +398,15 @@ def _require(arguments: Any, *names: str) -> None:
             raise ValueError(f"--{name} is needed.")
 
 
-def _check_writable(path: str) -> None:
+def _check_writable(flag: str, path: str) -> None:
     """Fail before hours of work, not after them."""
     folder = Path(path).absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): choose another file with --output.") from None
+        raise OSError(f"{path} cannot be written ({error}): choose another place with {flag}.") from None
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {folder} is read-only; choose another file with --output.")
+        raise PermissionError(f"{path} cannot be written: {folder} is read-only; choose another place with {flag}.")
 
 
 def _json(value: Any) -> str:
@@ -607,7 +613,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("plastic_peft").setLevel(logging.INFO)
         helping = "-h" in arguments or "--help" in arguments
         # trainers and progress bars print too, and would get between the results
-        with contextlib.nullcontext() if helping else contextlib.redirect_stdout(sys.stderr):
+        with explained(), contextlib.nullcontext() if helping else contextlib.redirect_stdout(sys.stderr):
             result = command.run(arguments[1:], parser)
         if result:
             print(result, flush=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -34,6 +36,7 @@ from transformers import (
 
 from . import hub
 from .card import model_card
+from .components import unwrap
 from .data import (
     DIGITS,
     accept_image_size,
@@ -46,9 +49,11 @@ from .data import (
     with_pixels,
 )
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
+from .faults import explained
 from .measure import measure_plasticity
 from .metrics import load_metric
 from .report import REPORT_NAME, PlasticityReport, write_whole
+from .selection import check_options
 from .tuner import PlasticityConfig
 
 
@@ -221,6 +226,9 @@ class PlasticityArguments:
                 ) from None
         else:
             self._budget = self.budget
+        # before anything is measured
+        options = self.selection_options()
+        check_options(**{name: options[name] for name in inspect.signature(check_options).parameters})
 
     def selection_options(self) -> dict[str, Any]:
         """Options of `PlasticityReport.select`."""
@@ -374,7 +382,7 @@ def make_trainer(
     arguments.remove_unused_columns = False
     arguments.label_names = ["labels"]
     train_data = with_pixels(data["train"], processor, augment, arguments.seed)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
@@ -384,35 +392,47 @@ def make_trainer(
         processing_class=processor,
         callbacks=[Epochs(train_data), WholeCheckpoints(), *callbacks],
     )
+    shard_by_block(model, trainer.accelerator)
+    return trainer
+
+
+def shard_by_block(model: nn.Module, accelerator: Any) -> None:
+    """Have FSDP shard a transformers model block by block, if `accelerator` shards at all; call it before `prepare`.
+
+    By default accelerate takes the classes that transformers names as not to be split. Among those of many vision models is
+    the one that holds the patch embedding, which accelerate also shards alone; torch refuses to do both.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.is_main_process:
+        logger.warning(
+            "FSDP is configured, but accelerate shards on GPUs only: here every process holds the whole model."
+        )
+    if plugin is None or plugin.transformer_cls_names_to_wrap:
+        return
+    core: Any = unwrap(model)
+    embedding = core.get_input_embeddings()
+    holders = {type(module).__name__ for module in core.modules() if embedding in list(module.modules())[1:]}
+    plugin.transformer_cls_names_to_wrap = [name for name in core._no_split_modules or () if name not in holders]
 
 
 def save_run(trainer: Trainer, folder: str | Path, card: Any = None) -> None:
     """Save adapter, report and image processor; a reader finds the old files or the new ones, never a part of one.
 
     Args:
-        card: The README; by default the one that `plastic_peft.hub.save_adapter` writes. Sharded runs get PEFT's.
+        card: The README; by default the one that `plastic_peft.hub.save_adapter` writes.
     """
-    target = Path(folder)
+    weights = _gathered_weights(trainer)
+    if trainer.is_world_process_zero():
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        hub.save_adapter(model, folder, image_processor=trainer.processing_class, card=card, state_dict=weights)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _gathered_weights(trainer: Trainer) -> dict[str, Any] | None:
+    """On the main process all weights, where each process holds a part of them; all processes have to call it."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        if trainer.is_world_process_zero():
-            model: Any = trainer.accelerator.unwrap_model(trainer.model)
-            hub.save_adapter(model, target, image_processor=trainer.processing_class, card=card)
-        trainer.accelerator.wait_for_everyone()
-        return
-    # every process brings its shards, and the trainer knows how to gather them
-    temporary = target / ".saving"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(temporary))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        # a pickle of the training arguments: no part of an adapter that is passed on
-        (temporary / "training_args.bin").unlink(missing_ok=True)
-        # the config comes last: with it the folder is an adapter
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "adapter_config.json"):
-            file.replace(target / file.name)
-        temporary.rmdir()
+        return None
+    return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
@@ -458,9 +478,25 @@ def train(
 
     Raises:
         ValueError: If the output folder holds a run with other arguments, or as the steps do.
-        OSError: If the output folder cannot be written.
+        OSError: If the output folder cannot be written, or its disk is full (`faults.DiskFullError`).
+        faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
+    with explained(training_args.output_dir, training_args.process_index):
+        return _train(model_args, data_args, plasticity_args, training_args, callbacks, start_over)
+
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    plasticity_args: PlasticityArguments,
+    training_args: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    start_over: bool,
+) -> TrainResult:
     folder = Path(str(training_args.output_dir))
+    if training_args.use_cpu and torch.distributed.is_initialized():
+        # transformers heeds ddp_timeout on GPUs only, and gloo waits for half an hour
+        torch.distributed.distributed_c10d._set_pg_timeout(training_args.ddp_timeout_delta)
     main = training_args.process_index == 0
     asked = _asked(model_args, data_args, plasticity_args)
     with training_args.main_process_first(local=False, desc="preparing the run"):
@@ -522,11 +558,17 @@ def train(
             "processes": training_args.world_size,
         }
         write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
+    weights = _gathered_weights(trainer) if push else None
     if push and main:
         repository = training_args.hub_model_id or folder.resolve().name
-        private, token = training_args.hub_private_repo, training_args.hub_token or model_args.token
         commit = hub.push(
-            adapted, repository, image_processor=processor, card=card(repo_id=repository), private=private, token=token
+            trainer.accelerator.unwrap_model(trainer.model),
+            repository,
+            image_processor=processor,
+            card=card(repo_id=repository),
+            state_dict=weights,
+            private=training_args.hub_private_repo,
+            token=training_args.hub_token or model_args.token,
         )
         logger.info("Pushed the adapter to %s.", commit.repo_url)
     return TrainResult(metrics, selection, report, trainable, parameters, trainer)
@@ -547,7 +589,7 @@ def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     note = folder / RUN_NAME
-    if note.is_file():
+    if note.is_file() and os.access(folder, os.W_OK):
         before = json.loads(note.read_text(encoding="utf-8"))
         changed = [
             f"{key} {before.get(key)!r} -> {value!r}" for key, value in asked.items() if before.get(key) != value
@@ -637,6 +679,7 @@ __all__ = [
     "make_trainer",
     "measure",
     "save_run",
+    "shard_by_block",
     "train",
     "training_arguments",
 ]
