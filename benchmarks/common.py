@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -38,16 +38,25 @@ def save(name: str, results: Any, **settings: Any) -> Path:
     return path
 
 
+# CPU seconds of one thread are what other work on a shared machine disturbs least
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)
+
+
 def side_by_side(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each way, taken in turn, so that a busy machine hits all of them alike."""
+    """Seconds per call of each way, taken in turn, so that a busy machine hits all of them alike.
+
+    On a CPU these are processor seconds of one computing thread and whatever threads a way starts beside it.
+    """
     for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -59,25 +68,14 @@ def ratio(seconds: dict[str, list[float]], way: str, base: str) -> dict[str, flo
 
 
 def peak_memory(way: Callable[[], Any]) -> float:
-    """Peak memory of a call above what is held before it, in MiB: exact on a GPU, sampled on a CPU."""
+    """Peak of the tensors that a call allocates above what is held before it, in MiB."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         way()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    peak = before
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    way()
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 2**20

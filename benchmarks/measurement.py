@@ -1,6 +1,7 @@
 """Cost and figures of the measurement, against a bare forward pass and against the paper's protocol.
 
     python benchmarks/measurement.py overhead
+    python benchmarks/measurement.py scaling
     python benchmarks/measurement.py bounds
     python benchmarks/measurement.py pairs --model DIR --source source.parquet --target target.parquet --name cifar10
     python benchmarks/measurement.py reference --model DIR --source ... --target ... --reference reference.json
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,7 +33,6 @@ from plastic_peft.bounds import attention_bound, spectral_norm
 
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-DEIT_TINY = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3)
 
 
 def pixels(rows: datasets.Dataset, size: int = 224) -> torch.Tensor:
@@ -66,45 +68,60 @@ def reference_protocol(model: ViTForImageClassification, sources: torch.Tensor, 
         ((x - y) ** 2).flatten(1).sum(-1).sqrt()
 
 
+def vit(depth: int = 12, width: int = 192) -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=width // 64
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def cost(model: ViTForImageClassification, pairs: int, per_batch: int, rounds: int) -> dict[str, Any]:
+    """Time and memory of a whole call, tracing included, over bare forward passes of the same images."""
+    size = model.config.image_size
+    sources, targets = torch.randn(2, pairs, 3, size, size, generator=torch.Generator().manual_seed(0))
+    parts = [torch.cat(both) for both in zip(sources.split(per_batch), targets.split(per_batch), strict=True)]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for part in parts:
+            model(pixel_values=part)
+
+    def measured(inputs: str) -> Callable[[], Any]:
+        options = dict(inputs=inputs, batch_size=per_batch, tolerance=0, progress=False)
+        return lambda: measure_plasticity(model, targets, sources, **options)
+
+    def reference() -> None:
+        for both in zip(sources.split(per_batch), targets.split(per_batch), strict=True):
+            reference_protocol(model, *both)
+
+    ways = {"bare": bare, "hidden": measured("hidden"), "embedding": measured("embedding"), "reference": reference}
+    seconds = side_by_side(ways, rounds)
+    memory = {way: round(peak_memory(call), 1) for way, call in ways.items()}
+    row = {"pairs": pairs, "pairs_per_batch": per_batch, "bare_seconds": round(fmean(seconds["bare"]), 3)}
+    row |= {f"{way}_over_bare": ratio(seconds, way, "bare") for way in ways if way != "bare"}
+    return {**row, "peak_mib": memory}
+
+
 def overhead(arguments: argparse.Namespace) -> None:
+    plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 128, 8), ("DeiT-tiny", 128, 16)]
     results = []
-    makers = {
-        "vit_nano": load_vit_nano,
-        "deit_tiny": lambda: ViTForImageClassification(ViTConfig(**DEIT_TINY)),
-        "vit_b": lambda: ViTForImageClassification(ViTConfig()),
-    }
-    for name, make in makers.items():
-        torch.manual_seed(0)
-        model = make().eval()
-        size = model.config.image_size
-        for pairs in (8, 32) if name != "vit_b" else (4, 8):
-            sources, targets = torch.randn(2, 2 * pairs, 3, size, size)
-            both = [torch.cat([sources[i : i + pairs], targets[i : i + pairs]]) for i in (0, pairs)]
-
-            def bare(model=model, both=both) -> None:
-                with torch.no_grad():
-                    for part in both:
-                        model(pixel_values=part)
-
-            def measured(inputs: str, model=model, sources=sources, targets=targets, pairs=pairs):
-                options = dict(inputs=inputs, batch_size=pairs, tolerance=0, progress=False)
-                return lambda: measure_plasticity(model, targets, sources, **options)
-
-            ways = {"bare": bare, "hidden": measured("hidden"), "embedding": measured("embedding")}
-            ways["reference"] = lambda model=model, s=sources, t=targets: reference_protocol(model, s, t)
-            seconds = side_by_side(ways, arguments.rounds)
-            memory = {way: round(peak_memory(call), 1) for way, call in ways.items()}
-            row = {
-                "model": name,
-                "pairs_per_batch": pairs,
-                "batches": 2,
-                "bare_seconds": round(fmean(seconds["bare"]), 3),
-            }
-            row |= {f"{way}_over_bare": ratio(seconds, way, "bare") for way in ways if way != "bare"}
-            row["peak_mib"] = memory
-            results.append(row)
-            print(json.dumps(row), flush=True)
+    for name, pairs, per_batch in [*plan, ("ViT-B/16", 16, 4), ("ViT-B/16", 16, 8)]:
+        model = {"vit_nano": load_vit_nano, "DeiT-tiny": vit, "ViT-B/16": lambda: vit(width=768)}[name]().eval()
+        rounds = arguments.rounds if name != "ViT-B/16" else 2
+        results.append({"model": name, **cost(model, pairs, per_batch, rounds)})
+        print(json.dumps(results[-1]), flush=True)
     save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
+
+
+def scaling(arguments: argparse.Namespace) -> None:
+    """How the cost grows with depth, width and pairs: the ratio to the forward pass should not."""
+    results = []
+    for depth, width, pairs in [(6, 192, 32), (12, 192, 32), (24, 192, 32), (6, 384, 32), (6, 768, 32), (6, 192, 128)]:
+        row = cost(vit(depth, width), pairs, 8, min(3, arguments.rounds))
+        results.append({"depth": depth, "width": width, **row})
+        print(json.dumps(results[-1]), flush=True)
+    save("measurement_scaling", results, note="tracing of the structure included")
 
 
 def bounds(arguments: argparse.Namespace) -> None:
@@ -231,7 +248,7 @@ def pairs(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "bounds", "reference", "pairs"])
+    parser.add_argument("what", choices=["overhead", "scaling", "bounds", "reference", "pairs"])
     parser.add_argument("--model", help="folder or id of a ViT classifier")
     parser.add_argument("--source", help="parquet file of source images")
     parser.add_argument("--target", help="parquet file of target images")
@@ -239,6 +256,6 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="target", help="name of the target set, for the result's file")
     parser.add_argument("--pairs", type=int, default=12_800)
     parser.add_argument("--inputs", default="hidden")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     globals()[given.what](given)

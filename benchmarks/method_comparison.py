@@ -18,7 +18,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from common import RESULTS, machine
+from common import RESULTS, machine, peak_memory, ratio, save, side_by_side
 from methods import Choice, Situation, choose, gradient_norms
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from PIL import Image
@@ -181,13 +181,11 @@ class Task:
         model, choice, choosing = self.prepare(run)
         head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" in n)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
         pixels, labels = self.training(run.seed)
         steps = self.epochs * (len(pixels) // BATCH)
-        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+        step = self.stepper(model, run.rate, steps)
         generator = torch.Generator().manual_seed(run.seed)
         start, losses = time.perf_counter(), []
-        model.train()
         for _ in range(self.epochs):
             for part in torch.randperm(len(pixels), generator=generator).split(BATCH):
                 if len(part) < BATCH:
@@ -196,13 +194,7 @@ class Task:
                 if self.mirror:
                     flip = torch.rand(len(part), generator=generator) < 0.5
                     batch[flip] = batch[flip].flip(-1)
-                loss = nn.functional.cross_entropy(self._logits(model, batch), labels[part])
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
+                losses.append(step(batch, labels[part]))
         seconds = time.perf_counter() - start
         return {
             **asdict(run),
@@ -216,6 +208,51 @@ class Task:
             "training_seconds": round(seconds, 2),
             "ranks": self._by_role(choice),
         }
+
+    def stepper(self, model: nn.Module, rate: float, steps: int) -> Callable[[torch.Tensor, torch.Tensor], float]:
+        """A function that takes one optimizer step on a batch and returns the loss before it."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+        model.train()
+
+        def step(batch: torch.Tensor, labels: torch.Tensor) -> float:
+            loss = nn.functional.cross_entropy(self._logits(model, batch), labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+
+    def costs(self, methods: Sequence[str], budget: int, rounds: int = 5) -> dict[str, dict[str, float]]:
+        """Step time of each method over that of head-only training, taken in turn, and peak memory, for a batch."""
+        pixels, labels = self.training(0)
+        batch, truth = self._pixels(pixels[:BATCH]), labels[:BATCH]
+        ways = {}
+        for method in dict.fromkeys(["head", *methods]):
+            model = self.prepare(Run(method, budget, 1e-3, 0))[0]
+            step = self.stepper(model, 1e-3, 1000)
+            ways[method] = lambda step=step: step(batch, truth)
+        seconds = side_by_side(ways, rounds)
+        return {
+            method: {
+                "step_over_head": ratio(seconds, method, "head")["median"],
+                "peak_mib": round(peak_memory(way), 1),
+            }
+            for method, way in ways.items()
+        }
+
+    def signals(self) -> dict[str, dict[str, float]]:
+        """Mean of every signal over the blocks, by role."""
+        found = {}
+        for inputs in ("hidden", "embedding"):
+            table = self.report(inputs, 0).by_role()
+            for column, name in (("mean", "plasticity"), ("shift", "shift")):
+                found[f"{inputs} {name}"] = table[column].astype(float).round(5).to_dict()
+        return found
 
     def _by_role(self, choice: Choice) -> dict[str, int]:
         """Ranks summed over the blocks, by role."""
@@ -286,11 +323,16 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4000, help="images that seeds draw from")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--costs", action="store_true", help="measure step time and memory of the methods instead")
     arguments = parser.parse_args()
     path = RESULTS / "methods" / f"{arguments.task}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     task = Task(arguments)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("methods", "seeds", "budgets", "rates")}
+    if arguments.costs:
+        costs = task.costs(arguments.methods, arguments.budgets[0] * task.unit)
+        print(save(f"methods_cost_{arguments.task}", costs, batch=BATCH, signals=task.signals()))
+        return
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("methods", "seeds", "budgets", "rates", "costs")}
     settings |= {"model": Path(arguments.model).name, "unit": task.unit, **machine()}
     for key in ("train", "test", "source"):
         settings[key] = settings[key] and Path(settings[key]).name
