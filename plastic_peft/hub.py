@@ -494,11 +494,3 @@ def whole_folder(path: str | os.PathLike[str], instead_of: Iterable[str] = ()) -
                 (target / old).unlink(missing_ok=True)
         for file in sorted(folder.iterdir()):
             os.replace(file, target / file.name)
-
-
-__all__ = [
-    "AutoPlasticModelForImageClassification",
-    "push",
-    "save_adapter",
-    "validate_adapter_config",
-]

@@ -502,6 +502,44 @@ def test_peft_itself_loads_adapters_with_transformers_4_names(base_folder, repor
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize(
+    ("saved", "named"),
+    [("vit.layers.2.mlp.fc2", None), ("layers.2.mlp.fc2", "layer.2.output"), ("vit.layers.2", "vit.encoder.layer.2")],
+)
+def test_peft_itself_loads_modules_saved_whole_under_transformers_4_names(saved, named, base_folder, tmp_path):
+    """Without it, PeftModel.from_pretrained would end in a KeyError, or leave modules of the blocks as the base has them."""
+    model = trained(base_folder, target_modules=["vit.layers.1.mlp.fc1"], r=2, modules_to_save=["classifier", saved])
+    names = checkpoint_names(load_base(base_folder))
+    older = rewritten(save_adapter(model, tmp_path / "new"), tmp_path / "old", names)
+    config = json.loads((older / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["classifier", named or names[saved]]
+    (older / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(load_base(base_folder), older)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(older, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "saved", selected_adapters=["default"])
+    again = PeftModel.from_pretrained(load_base(base_folder), tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(AutoPlasticModelForImageClassification.from_pretrained(older)), logits(model))
+
+
+def test_a_moved_module_takes_weights_of_every_release_but_no_missing_ones(base_folder, tmp_path):
+    """Without it, an adapter beside an older one could not load, or a file that lacks weights would pass unnoticed."""
+    model = trained(base_folder, target_modules=["fc1"], r=2, modules_to_save=["classifier", "vit.layers.2.mlp.fc2"])
+    older = rewritten(save_adapter(model, tmp_path / "new"), tmp_path / "old", checkpoint_names(model.get_base_model()))
+    loaded = PeftModel.from_pretrained(load_base(base_folder), older)
+    loaded.load_adapter(tmp_path / "new", "newer")
+    loaded.set_adapter("newer")
+    assert torch.equal(logits(loaded), logits(model))
+    tensors = load_file(older / "adapter_model.safetensors")
+    del tensors["base_model.model.vit.encoder.layer.2.output.dense.bias"]
+    save_file(tensors, older / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"vit.layers.2.mlp.fc2, and the adapter's file has no bias"):
+        PeftModel.from_pretrained(load_base(base_folder), older)
+
+
 def test_short_targets_of_transformers_4_find_their_modules(base_folder):
     """Without it, target_modules such as query and value, which most examples use, would match nothing."""
     model = trained(base_folder, target_modules=["query", "output.dense"], rank_pattern={"query": 3}, r=2)

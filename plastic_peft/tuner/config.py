@@ -162,6 +162,7 @@ class PlasticityConfig(LoraConfig):
             _refuse_lora_options(self)
         self._report: PlasticityReport | None = None
         self._names_in_file: dict[str, str] | None = None
+        self._moved_to_save: list[str] = []
         if isinstance(self.plasticity, PlasticityReport):
             self._report = self.plasticity
         elif isinstance(self.plasticity, os.PathLike):

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -63,6 +63,8 @@ class PlasticityModel(LoraModel):
             self._check_targets(config, model)
             selected = None if config.selected_modules is None else set(config.selected_modules)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for name in config._moved_to_save:
+            model.get_submodule(name).__class__ = MovedModule
         if selected is not None:
             # peft shortens long lists to common suffixes; what is saved stays exact
             config.target_modules = selected  # type: ignore[assignment]
@@ -123,6 +125,12 @@ class PlasticityModel(LoraModel):
         base = whole.get_base_model() if hasattr(model, "get_base_model") else model
         keys = renamed_keys(state_dict, base, getattr(config, "_names_in_file", None))
         state_dict = {keys[key]: tensor for key, tensor in state_dict.items()}
+        for name, module in model.named_modules():
+            if isinstance(module, MovedModule):
+                for key, place in ModulesToSaveWrapper.adapter_state_dict_load_map(module, adapter_name).items():
+                    if f"{name}.{key}" not in state_dict:
+                        raise ValueError(f"modules_to_save names {name}, and the adapter's file has no {key} for it.")
+                    state_dict[f"{name}.{place}"] = state_dict.pop(f"{name}.{key}")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
@@ -189,6 +197,17 @@ class PlasticityModel(LoraModel):
         )
         # peft's conversion drops what is saved whole, such as the head
         return {**{key: weight for key, weight in weights.items() if f".{cls.prefix}" not in key}, **converted}
+
+
+class MovedModule(ModulesToSaveWrapper):
+    """A module saved whole that an adapter's file may hold under another release's name.
+
+    PEFT looks for its weights under this release's name, before the tuner can rename what the file holds; so it is told
+    that there are none, and `PlasticityModel._remap_adapter_state_dict_for_load` puts them in their place.
+    """
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return {}
 
 
 @contextmanager
@@ -259,9 +278,7 @@ def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
     given: Any = config.target_modules
     patterns: list[dict[str, Any]] = [config.rank_pattern or {}, config.alpha_pattern or {}]
     exact = config.selected_modules or (() if isinstance(given, str) else given) or ()
-    names = renamings(
-        [*exact, *patterns[0], *patterns[1], *(config.modules_to_save or ())], model, config.checkpoint_names
-    )
+    names = renamings([*exact, *patterns[0], *patterns[1]], model, config.checkpoint_names)
     if names:
         if config.selected_modules is not None:
             config.selected_modules = {names.get(name, name): score for name, score in config.selected_modules.items()}
@@ -270,10 +287,9 @@ def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
         config.rank_pattern, config.alpha_pattern = (
             {names.get(name, name): value for name, value in pattern.items()} for pattern in patterns
         )
-        if config.modules_to_save:
-            config.modules_to_save = [names.get(name, name) for name in config.modules_to_save]
     elif given and given != "all-linear" and config.selected_modules is None:
         _adopt_patterns(config, model)
+    _adopt_saved(config, model)
     config._names_in_file = config.checkpoint_names
     config.checkpoint_names = compact(checkpoint_names(model)) or None
     labels = getattr(getattr(model, "config", None), "id2label", None)
@@ -296,6 +312,22 @@ def _adopt_patterns(config: PlasticityConfig, model: nn.Module) -> None:
         values = getattr(config, pattern) or {}
         keys = {name: get_pattern_key(list(values), other) for name, other in found.items()}
         setattr(config, pattern, {name: values[key] for name, key in keys.items() if key in values})
+
+
+def _adopt_saved(config: PlasticityConfig, model: nn.Module) -> None:
+    """Where `modules_to_save` names no module here, or the end of its name, but does in another release, follow that one."""
+    here = [name for name, _, _ in named_leaves(model)]
+    unknown = [end for end in config.modules_to_save or () if not any(name.endswith(end) for name in here)]
+    others = elsewhere(model, config.checkpoint_names) if unknown else {}
+    # the modules named and those inside them: releases group modules differently
+    moved = {end: _innermost([name for name, other in others.items() if f"{end}." in f"{other}."]) for end in unknown}
+    config._moved_to_save = [name for names in moved.values() for name in names]
+    if config._moved_to_save:
+        config.modules_to_save = [name for end in config.modules_to_save or () for name in moved.get(end) or [end]]
+
+
+def _innermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
 def _apply(config: PlasticityConfig, selection: Selection) -> None:
@@ -497,6 +529,3 @@ def _head(
         except (ValueError, RuntimeError, TypeError):
             return None
     return [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
-
-
-__all__ = ["BaseTunerLayer", "PlasticityModel", "settle"]
