@@ -10,6 +10,30 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+
+
+def run_process(*arguments, timeout=500):
+    """Run Python with these arguments; returns what it printed."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def accuracy_of_saved(adapter):
+    """Accuracy of a saved adapter on the test digits of the examples, in this process."""
+    import torch
+
+    from plastic_peft import AutoPlasticModelForImageClassification
+    from plastic_peft.data import load_images, with_pixels
+
+    model = AutoPlasticModelForImageClassification.from_pretrained(adapter).eval()
+    rows = with_pixels(load_images("digits", seed=0)["test"], model.image_processor)[:]
+    with torch.no_grad():
+        predicted = model(rows["pixel_values"]).logits.argmax(-1)
+    return (predicted == torch.tensor(rows["labels"])).float().mean().item()
 
 
 def test_the_readme_example_runs_as_printed(tmp_path, monkeypatch, capsys):
@@ -39,13 +63,32 @@ def test_the_notebook_runs_from_start_to_end(tmp_path):
     assert re.search(r"predicted (\d) written \d", printed)
 
 
+def test_the_trainer_script_runs_as_printed(tmp_path):
+    """Without it the script that people start from could have lost its images, its labels or its curve."""
+    done = run_process(EXAMPLES / "trainer_script.py", tmp_path)
+    accuracy = float(re.search(r"'test_accuracy': '?([\d.]+)", done.stdout).group(1))
+    assert accuracy > 0.85
+    assert accuracy_of_saved(tmp_path) == pytest.approx(accuracy, abs=1e-4)
+    assert json.loads((tmp_path / "plasticity_curve.json").read_text())["steps"] == [0, 25, 50, 75]
+
+
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_full_shard"])
+def test_the_loop_runs_on_two_processes_and_its_adapter_loads_in_one(tmp_path, config):
+    """Without it a sharded run could save parts of weights, or the shipped configurations could fail at the first step."""
+    worker = [ROOT / "tests" / "workers" / "sharded.py"] if config == "fsdp_full_shard" else []
+    launch = [*LAUNCH, "--config_file", EXAMPLES / "accelerate" / f"{config}.yaml", *worker]
+    done = run_process(*launch, EXAMPLES / "accelerate_loop.py", tmp_path, "--cpu")
+    accuracy, processes = re.search(r"test accuracy ([\d.]+) on (\d) process", done.stdout).groups()
+    assert int(processes) == 2 and float(accuracy) > 0.85
+    assert "every process holds the whole model" not in done.stderr
+    assert accuracy_of_saved(tmp_path) == pytest.approx(float(accuracy), abs=0.01)
+    assert (tmp_path / "plasticity_report.json").is_file()
+
+
 @pytest.mark.timeout(600)
 def test_the_demo_runs_and_says_what_it_did(tmp_path):
     """Without it the first command that a user types could fail or end without its summary."""
-    done = subprocess.run(
-        [sys.executable, "-m", "plastic_peft.demo", str(tmp_path / "out")], capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_process("-m", "plastic_peft.demo", tmp_path / "out")
     assert "Warning" not in done.stderr
     before, after = map(float, re.search(r"test accuracy +([\d.]+)% before, ([\d.]+)% after", done.stdout).groups())
     assert before < 30 < 90 < after
