@@ -14,7 +14,7 @@ import torch
 from hub_server import HubServer
 from models import transformers_model
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from plastic_peft import PlasticityReport
 from plastic_peft.cli import COMMANDS, main
@@ -26,7 +26,7 @@ def day(tmp_path_factory):
     folder = tmp_path_factory.mktemp("day")
     torch.manual_seed(0)
     transformers_model("vit").save_pretrained(folder / "base")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "base")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "base")
     model = ["--model_name_or_path", str(folder / "base"), "--dataset_name", "digits"]
     report = str(folder / "report.json")
     assert main(["measure", *model, "--max_pairs", "32", "--output", report, "--plot", str(folder / "p.png")]) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from plastic_peft.data import (
     ImageTransform,
@@ -144,7 +144,7 @@ def test_corrupt_images_are_named_and_skipped_or_refused(tmp_path, caplog):
     assert sum(len(split) for split in data.values()) == 19
     assert "3.png" in caplog.text
     data = load_images(folder, corrupt="unchecked")
-    rows = with_pixels(datasets.concatenate_datasets(list(data.values())), ViTImageProcessorPil())
+    rows = with_pixels(datasets.concatenate_datasets(list(data.values())), ViTImageProcessor())
     with pytest.raises(ValueError, match=r"3\.png cannot be decoded"):
         rows[:]
 
@@ -200,7 +200,7 @@ def test_odd_image_modes_become_plain_rgb():
 
 def test_augmentation_depends_on_image_seed_and_epoch_alone():
     """A resumed run, or one with workers, must see the images that the uninterrupted run would have seen."""
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
     data = with_pixels(image_set(), processor, "crop", seed=3)
     transform = transform_of(data)
     first = torch.stack([data[i]["pixel_values"] for i in range(20)])
@@ -221,7 +221,7 @@ def test_augmentation_depends_on_image_seed_and_epoch_alone():
 
 def test_without_augmentation_pixels_are_the_processors():
     """Training pixels that differ from those at inference would cost accuracy unnoticed."""
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
     data = image_set()
     row = with_pixels(data, processor)[4]
     expected = processor(images=data[4]["image"], return_tensors="pt")["pixel_values"][0]
@@ -238,7 +238,7 @@ def test_another_image_size_interpolates_positions_and_leaves_the_weights():
     )
     model = ViTForImageClassification(config).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
     resize_to(processor, 24)
     pixels = processor(images=picture(0), return_tensors="pt")["pixel_values"]
     assert pixels.shape[-2:] == (24, 24)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import transformers_model
 from safetensors.torch import load_file
-from transformers import ViTImageProcessorPil
+from transformers import ViTImageProcessor
 
 from plastic_peft.callback import PlasticityCallback, gradient_norms
 from plastic_peft.data import load_images, with_pixels
@@ -43,7 +43,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
     transformers_model("vit").save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
 
 
