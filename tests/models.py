@@ -82,6 +82,25 @@ def transformers_model(family: str) -> nn.Module:
     return FAMILIES[family]().eval()
 
 
+# what transformers 5 calls parts of a ViT, and what transformers 4 called them
+RENAMED = {
+    "vit.layers": "vit.encoder.layer",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "o_proj": "output.dense",
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+}
+
+
+def vit_name(name: str) -> str:
+    """A name, or a part of one, in transformers 5's ViT as the running release has it."""
+    for later, earlier in RENAMED.items() if T.__version__ < "5" else ():
+        name = name.replace(later, earlier)
+    return name
+
+
 def example_inputs(family: str):
     """Inputs for the one family whose images are cut into patches beforehand; `None` lets the config speak."""
     if family != "siglip2":

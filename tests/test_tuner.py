@@ -8,11 +8,15 @@ import warnings
 import models
 import pytest
 import torch
+from models import vit_name
 from peft import PeftModel, PeftType, get_peft_model
 
 from plastic_peft import PlasticityConfig, measure_plasticity
 from plastic_peft.report import PlasticityReport
 
+
+FIRST, SECOND = vit_name("vit.layers.0.mlp.fc1"), vit_name("vit.layers.1.mlp.fc1")
+pytestmark = pytest.mark.versions
 
 OPTIONS = {
     "lora, one role": dict(top_k=1),
@@ -116,15 +120,15 @@ def test_without_anything_it_measures_and_says_so():
 
 def test_explicit_targets_win():
     """Without it a user's own choice of modules would be overruled by a measurement."""
-    model = get_peft_model(models.transformers_model("vit"), PlasticityConfig(target_modules=["q_proj"]))
+    model = get_peft_model(models.transformers_model("vit"), PlasticityConfig(target_modules=[vit_name("q_proj")]))
     assert len(model.targeted_module_names) == 4 and model.peft_config["default"].selected_modules is None
 
 
 def test_a_mapping_or_a_path_will_do(report, tmp_path):
     """Without it scores from elsewhere, or a report on disk, could not be selected by."""
-    scores = {"vit.layers.0.mlp.fc1": 2.0, "vit.layers.1.mlp.fc1": 3.0, "vit.layers.2.attention.q_proj": 1.0}
+    scores = {FIRST: 2.0, SECOND: 3.0, vit_name("vit.layers.2.attention.q_proj"): 1.0}
     model = adapted(scores, top_k=2, granularity="module")
-    assert model.peft_config["default"].selected_modules == {"vit.layers.1.mlp.fc1": 3.0, "vit.layers.0.mlp.fc1": 2.0}
+    assert model.peft_config["default"].selected_modules == {SECOND: 3.0, FIRST: 2.0}
     path = report.save(tmp_path / "r.json")
     assert adapted(path, top_k=1).targeted_module_names == adapted(report, top_k=1).targeted_module_names
 
@@ -135,10 +139,10 @@ def test_a_mapping_or_a_path_will_do(report, tmp_path):
         (lambda r: PlasticityConfig(plasticity=r, budget=0.1, top_k=2), "budget and top_k"),
         (lambda r: PlasticityConfig(plasticity=r, budget=3), "below the first module"),
         (
-            lambda r: PlasticityConfig(plasticity={"vit.layers.0.mlp.fc3": 1.0}),
-            r"Did you mean 'vit.layers.0.mlp.fc[12]'",
+            lambda r: PlasticityConfig(plasticity={f"{FIRST}3": 1.0}),
+            f"Did you mean '{FIRST}'",
         ),
-        (lambda r: PlasticityConfig(plasticity={"vit.layers.0.mlp.fc1": float("nan")}), "finite scores"),
+        (lambda r: PlasticityConfig(plasticity={FIRST: float("nan")}), "finite scores"),
         (lambda r: PlasticityConfig(plasticity=r, signal="speed"), "signal='speed'"),
         (lambda r: PlasticityConfig(plasticity=r, adapter="full", use_dora=True), "use_dora"),
     ],
@@ -156,5 +160,5 @@ def test_bad_configs_are_refused_and_leave_the_model_alone(report, make, message
 def test_a_report_of_another_architecture_is_refused(report):
     """Without it a report could be applied to a model that it does not describe."""
     other = models.transformers_model("dinov2")
-    with pytest.raises(ValueError, match=r"describes another architecture .*vit.layers.0.* is not in this model"):
+    with pytest.raises(ValueError, match=r"describes another architecture .*vit\..*\.0\..* is not in this model"):
         get_peft_model(other, PlasticityConfig(plasticity=report, top_k=1))

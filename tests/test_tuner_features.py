@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from feature_table import PAGE, feature, page
-from models import transformers_model
+from models import transformers_model, vit_name
 from peft import (
     PeftMixedModel,
     PeftModel,
@@ -28,7 +28,10 @@ from plastic_peft import PlasticityConfig, measure_plasticity
 from plastic_peft.tuner import FullLayer
 
 
-FC1, FC2, QUERY = "vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc2", "vit.layers.2.attention.q_proj"
+NAMES = ("vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc2", "vit.layers.2.attention.q_proj")
+FC1, FC2, QUERY = map(vit_name, NAMES)
+EVERY_FC1 = vit_name("mlp.fc1")
+pytestmark = pytest.mark.versions
 EVERY = {"fraction": 1.0, "granularity": "module"}
 HEADLESS = {"modules_to_save": None}
 OTHER = {"lora": "full", "full": "lora"}
@@ -477,9 +480,11 @@ def test_target_parameters(base, pixels, adapter):
 @feature("`exclude_modules`")
 def test_exclude_modules(base, adapter):
     """Excluded modules would be adapted, or the budget would be spent on them."""
-    model = get_peft_model(base, chosen(adapter, FC1, FC2, QUERY, exclude_modules=["fc1"]))
+    model = get_peft_model(base, chosen(adapter, FC1, FC2, QUERY, exclude_modules=[EVERY_FC1]))
     assert set(model.targeted_module_names) == {FC2, QUERY}
-    model = get_peft_model(transformers_model("vit"), chosen(adapter, FC1, FC2, QUERY, exclude_modules=r".*\.mlp\..*"))
+    model = get_peft_model(
+        transformers_model("vit"), chosen(adapter, FC1, FC2, QUERY, exclude_modules=f".*({FC1}|{FC2})")
+    )
     assert model.targeted_module_names == [QUERY]
 
 
@@ -488,12 +493,12 @@ def test_layers_to_transform(base, pixels, adapter):
     """Layers that the user rules out would be adapted."""
     scored = get_peft_model(copy.deepcopy(base), chosen(adapter, FC1, FC2, QUERY, layers_to_transform=[1, 2]))
     assert set(scored.targeted_module_names) == {FC2, QUERY}
-    named = PlasticityConfig(adapter=adapter, target_modules=["fc1"], layers_to_transform=[0])
+    named = PlasticityConfig(adapter=adapter, target_modules=[EVERY_FC1], layers_to_transform=[0])
     assert get_peft_model(copy.deepcopy(base), named).targeted_module_names == [FC1]
     report = measure_plasticity(base, torch.randn(4, 3, 32, 32), max_pairs=4, progress=False)
     config = PlasticityConfig(plasticity=report, adapter=adapter, top_k=4, granularity="module", layers_to_transform=3)
     names = get_peft_model(base, config).targeted_module_names
-    assert names and all(name.startswith("vit.layers.3.") for name in names)
+    assert names and all(name.startswith(vit_name("vit.layers.3.")) for name in names)
 
 
 @feature("`modules_to_save` beside a selection that holds them")
@@ -508,7 +513,7 @@ def test_modules_to_save_win(base, adapter):
 @feature("Norms as targets", lora="can take adapter='lora'")
 def test_norms(base, pixels, adapter):
     """The paper's LN components could not be trained, or a LoRA user would get something else without a word."""
-    model = get_peft_model(base, chosen(adapter, "vit.layers.0.layernorm_before")).eval()
+    model = get_peft_model(base, chosen(adapter, vit_name("vit.layers.0.layernorm_before"))).eval()
     adapted = logits(model, pixels)
     assert torch.equal(logits(model.merge_and_unload(), pixels), adapted)
 
@@ -676,14 +681,14 @@ def test_full_adapter_refuses_recurrent_layers():
 FAILURES = {
     "unknown name": (lambda: chosen("lora", FC1, "vit.nothing"), "does not have"),
     "norm for LoRA, after a linear": (
-        lambda: PlasticityConfig(target_modules=[FC1, "vit.layers.3.layernorm_after"]),
+        lambda: PlasticityConfig(target_modules=[FC1, vit_name("vit.layers.3.layernorm_after")]),
         "is not supported",
     ),
     "module without parameters": (
         lambda: PlasticityConfig(adapter="full", target_modules=[FC1, "vit.embeddings.dropout"]),
         "holds no parameters",
     ),
-    "nothing left": (lambda: chosen("lora", FC1, exclude_modules=["fc1"]), "leave no measured module"),
+    "nothing left": (lambda: chosen("lora", FC1, exclude_modules=[EVERY_FC1]), "leave no measured module"),
     "budget too small": (lambda: chosen("lora", FC1, fraction=None, budget=3), "below the first module"),
     "no such target": (lambda: PlasticityConfig(target_modules=["nowhere"]), "target modules"),
 }
@@ -725,7 +730,9 @@ def test_share_of_the_base_ignores_adapters_on_it(base):
     options = {"fraction": None, "budget": 0.02}
     names = [FC1, FC2, QUERY]
     first = get_peft_model(copy.deepcopy(base), chosen("lora", *names, **options)).targeted_module_names
-    model = get_peft_model(base, PlasticityConfig(adapter="full", target_modules=["k_proj", "v_proj"]))
+    model = get_peft_model(
+        base, PlasticityConfig(adapter="full", target_modules=[vit_name("k_proj"), vit_name("v_proj")])
+    )
     model.add_adapter("second", chosen("lora", *names, **options))
     assert set(model.peft_config["second"].selected_modules) == set(first)
 

@@ -1,17 +1,35 @@
-"""The same weights and images give the same selection under every supported release, whatever modules are called."""
+"""The same weights and images give the same structure, selection and adapters under every release, whatever modules are called.
+
+`python tests/test_versions.py` writes what the running release gives into `tests/data`; run it under both lines of
+transformers after a change that is meant to change these results.
+"""
 
 import json
 from pathlib import Path
 
+import models
 import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
 
-from plastic_peft import PlasticityConfig, load_vit_nano, measure_plasticity, vit_nano_source_images
-from plastic_peft.components import BLOCK_ROLES
+from plastic_peft import (
+    AutoPlasticModelForImageClassification,
+    PlasticityConfig,
+    load_vit_nano,
+    measure_plasticity,
+    save_adapter,
+    vit_nano_source_images,
+)
+from plastic_peft.components import BLOCK_ROLES, trace
 from plastic_peft.data import load_images
 from plastic_peft.images import find_processor
 
 
-GOLDEN = Path(__file__).parent / "data" / "vit_nano_digits.json"
+DATA = Path(__file__).parent / "data"
+GOLDEN, STRUCTURES = DATA / "vit_nano_digits.json", DATA / "fingerprints.json"
+RELEASES = ("transformers4", "transformers5")
+OUTPUTS = "outputs.json"
 pytestmark = pytest.mark.versions
 
 
@@ -48,8 +66,6 @@ def outcome():
 
 def test_the_selection_is_the_same_under_every_release():
     """Without it a release that renames or reorders modules could silently change what is adapted."""
-    from peft import get_peft_model
-
     wanted = json.loads(GOLDEN.read_text())
     model, report, where, found = outcome()
     assert found["fingerprint"] == wanted["fingerprint"]
@@ -60,6 +76,71 @@ def test_the_selection_is_the_same_under_every_release():
     assert sorted(where[name] for name in adapted.targeted_module_names) == sorted(wanted["selected"])
 
 
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_components_are_the_same_under_every_release(family):
+    """Without it blocks, roles or shapes of a family could be read differently where its code is written differently.
+
+    Two fingerprints mean that one release splits what the other fuses.
+    """
+    structure = trace(models.transformers_model(family), models.example_inputs(family))
+    assert structure.fingerprint in json.loads(STRUCTURES.read_text())[family]
+
+
+# --- adapters made under one release, loaded under another -------------------------------------------------------------
+
+
+def pixels():
+    return torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(pixel_values=pixels()).logits
+
+
+def write_adapter(folder):
+    """An adapter of vit_nano with ranks of its own, a report, and a module saved whole inside a block."""
+    torch.manual_seed(0)
+    model, report, _, _ = outcome()
+    saved = ["classifier", next(row.name for row in report.select_rows("module", "norm_mlp") if row.block == 3)]
+    options = {"granularity": "module", "top_k": 6, "within": "role", "r": 4, "rank_allocation": "proportional"}
+    config = PlasticityConfig(plasticity=report, modules_to_save=saved, **options)
+    model = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, folder)
+    for name in ("README.md", "plasticity.png"):
+        (folder / name).unlink()
+    ranks = sorted(model.get_submodule(f"base_model.model.{n}").r["default"] for n in model.targeted_module_names)
+    (folder / OUTPUTS).write_text(json.dumps({"logits": outputs(model).tolist(), "ranks": ranks}))
+
+
+def load_by_peft(folder):
+    return PeftModel.from_pretrained(load_vit_nano(), folder).eval()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("load", [AutoPlasticModelForImageClassification.from_pretrained, load_by_peft])
+def test_adapters_of_every_release_load(release, load):
+    """Without it an adapter made under transformers 4 would be lost under 5, or the other way round."""
+    folder = DATA / release
+    wanted = json.loads((folder / OUTPUTS).read_text())
+    model = load(folder)
+    torch.testing.assert_close(outputs(model), torch.tensor(wanted["logits"]), rtol=0, atol=1e-4)
+    config = model.peft_config["default"]
+    assert set(config.selected_modules) == set(model.targeted_module_names)
+    layers = [model.get_submodule(f"base_model.model.{name}") for name in config.selected_modules]
+    assert sorted(layer.r["default"] for layer in layers) == wanted["ranks"] and len(set(wanted["ranks"])) > 1
+
+
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
+    DATA.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(outcome()[-1]) + "\n")
+    known = json.loads(STRUCTURES.read_text()) if STRUCTURES.exists() else {}
+    for name in models.FAMILIES:
+        found = trace(models.transformers_model(name), models.example_inputs(name)).fingerprint
+        known[name] = sorted({*known.get(name, ()), found})
+    STRUCTURES.write_text(json.dumps(known, indent=1) + "\n")
+    write_adapter(DATA / f"transformers{transformers.__version__.partition('.')[0]}")
