@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -144,10 +144,12 @@ def select(
             If none of the four is given: a budget of 1 % for LoRA, the first unit for full adapters.
         granularity: What is ranked: `"component"`, a role over all depths, scored by the mean over its blocks (as the
             paper does); `"block"`, one component of one block; `"module"`.
-        within: `"model"` ranks all units together; `"role"` takes the best of every role first, then the second, ...
+        within: `"model"` ranks all units together; `"role"` takes the best of every role first, then the second, ...,
+            and proportional ranks compare scores inside each role only.
         order: `"highest"` or `"lowest"` score first, or `"random"` (with `seed`) for controls.
-        rank_allocation: `"uniform"` gives every module rank `r`; `"proportional"` spends the same parameters with ranks
-            in proportion to the modules' scores, at least 1, until no further rank fits.
+        rank_allocation: `"uniform"` gives every module rank `r`; `"proportional"` gives ranks in proportion to the modules'
+            scores, at least 1, until no further rank fits: a `budget` goes to as many modules as it pays one rank for, and
+            otherwise the chosen units share what rank `r` on each would cost.
         adapter: `"lora"` or `"full"`; LoRA leaves out modules that cannot take it, such as norms.
         r: LoRA rank.
 
@@ -185,21 +187,23 @@ def select(
     chosen = [c for unit in units for c in unit.members]
     if budget is not None:
         limit = int(budget * base_parameters) if isinstance(budget, float) else int(budget)
-        fitting = _prefix_within(chosen, limit, adapter, r)
+        least = 1 if rank_allocation == "proportional" else r
+        fitting = _prefix_within(chosen, limit, adapter, least)
         if not fitting:
             first = chosen[0]
             share = f" ({budget} of {base_parameters:,})" if isinstance(budget, float) else ""
-            remedy = f"lower r (now {r}), raise the budget" if adapter == "lora" else "raise the budget"
+            remedy = f"lower r (now {r}), raise the budget" if adapter == "lora" and least > 1 else "raise the budget"
             raise ValueError(
                 f"A budget of {limit:,} parameters{share} is below the first module, {first.name}, which needs "
-                f"{first.cost(adapter, r):,}: {remedy}, or use top_k."
+                f"{first.cost(adapter, least):,}: {remedy}, or use top_k."
             )
         chosen = fitting
     ranks: dict[str, int] = {}
     if adapter == "lora":
         ranks = {c.name: r for c in chosen}
         if rank_allocation == "proportional":
-            ranks = _proportional_ranks(chosen, limit if budget is not None else sum(c.cost("lora", r) for c in chosen))
+            spend = limit if budget is not None else sum(c.cost("lora", r) for c in chosen)
+            ranks = _proportional_ranks(chosen, spend, _weights(chosen, within))
     names = {c.name for c in chosen}
     return Selection(
         scores={c.name: c.score for c in chosen},
@@ -263,9 +267,17 @@ def _prefix_within(candidates: Iterable[Candidate], limit: int, adapter: str, r:
     return taken
 
 
-def _proportional_ranks(chosen: Sequence[Candidate], limit: int) -> dict[str, int]:
-    """Ranks in proportion to scores, at least 1, spending `limit` until no further rank of any module fits."""
-    weight = {c.name: max(c.score, 0.0) for c in chosen}
+def _weights(chosen: Sequence[Candidate], within: str) -> dict[str, float]:
+    """Scores as shares: as they are, or over the mean score of the role, since scales differ between roles."""
+    weights = {c.name: max(c.score, 0.0) for c in chosen}
+    if within == "role":
+        mean = {role: fmean(weights[c.name] for c in chosen if c.role == role) for role in {c.role for c in chosen}}
+        weights = {c.name: weights[c.name] / mean[c.role] if mean[c.role] > 0 else 1.0 for c in chosen}
+    return weights
+
+
+def _proportional_ranks(chosen: Sequence[Candidate], limit: int, weight: Mapping[str, float]) -> dict[str, int]:
+    """Ranks in proportion to weights, at least 1, spending `limit` until no further rank of any module fits."""
     total = sum(weight[c.name] * c.cost_per_rank for c in chosen)
     scale = limit / total if total > 0 else 0.0
     ideal = {name: w * scale for name, w in weight.items()}
