@@ -203,7 +203,7 @@ def select(
         ranks = {c.name: r for c in chosen}
         if rank_allocation == "proportional":
             spend = limit if budget is not None else sum(c.cost("lora", r) for c in chosen)
-            ranks = _proportional_ranks(chosen, spend, _weights(chosen, within))
+            ranks = _proportional_ranks(chosen, spend, _weights(chosen, within, order, seed))
     names = {c.name for c in chosen}
     return Selection(
         scores={c.name: c.score for c in chosen},
@@ -267,12 +267,22 @@ def _prefix_within(candidates: Iterable[Candidate], limit: int, adapter: str, r:
     return taken
 
 
-def _weights(chosen: Sequence[Candidate], within: str) -> dict[str, float]:
-    """Scores as shares: as they are, or over the mean score of the role, since scales differ between roles."""
+def _weights(chosen: Sequence[Candidate], within: str, order: str, seed: int) -> dict[str, float]:
+    """What ranks are proportional to: scores, over the role's mean where scales of roles should not count.
+
+    The controls turn them round: inverse scores for the lowest order, shuffled ones for the random order.
+    """
     weights = {c.name: max(c.score, 0.0) for c in chosen}
     if within == "role":
         mean = {role: fmean(weights[c.name] for c in chosen if c.role == role) for role in {c.role for c in chosen}}
         weights = {c.name: weights[c.name] / mean[c.role] if mean[c.role] > 0 else 1.0 for c in chosen}
+    if order == "lowest":
+        least = min((w for w in weights.values() if w > 0), default=1.0)
+        weights = {name: 1 / max(weight, least) for name, weight in weights.items()}
+    elif order == "random":
+        shuffled = list(weights.values())
+        random.Random(seed).shuffle(shuffled)
+        weights = dict(zip(weights, shuffled, strict=True))
     return weights
 
 

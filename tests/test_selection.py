@@ -188,6 +188,33 @@ def test_a_budget_is_never_exceeded_and_spent_to_within_one_step(
         assert by_name[following].cost_per_rank * r > left
 
 
+def test_a_budget_with_proportional_ranks_reaches_as_many_modules_as_it_pays_for():
+    """Without it a budget would go to a few modules at rank r, and the measured shares would say little."""
+    pool = [candidate(f"m{i}", block=i, score=float(1 + i), cost=10) for i in range(8)]
+    options = dict(base_parameters=1000, granularity="module", rank_allocation="proportional", r=8)
+    assert set(select(pool, budget=360, **options).ranks.values()) == set(range(1, 9))
+    assert select(pool, budget=50, **options).modules == ["m7", "m6", "m5", "m4", "m3"]
+
+
+def test_proportional_ranks_within_roles_do_not_compare_roles():
+    """Without it the role with the largest scale would take the ranks of all others."""
+    pool = [candidate("a0", "attention", 0, 0.1), candidate("a1", "attention", 1, 0.3)]
+    pool += [candidate("f0", "mlp_in", 0, 10.0), candidate("f1", "mlp_in", 1, 30.0)]
+    options = dict(base_parameters=1000, fraction=1.0, granularity="module", rank_allocation="proportional", r=8)
+    assert select(pool, within="role", **options).ranks == {"a0": 4, "f0": 4, "a1": 12, "f1": 12}
+    assert select(pool, within="model", **options).ranks == {"a0": 1, "f0": 7, "a1": 1, "f1": 23}
+
+
+def test_controls_turn_proportional_ranks_round():
+    """Without it the lowest and random orders would give the same ranks as the highest, and control nothing."""
+    pool = [candidate(f"m{i}", block=i, score=float(1 + i)) for i in range(6)]
+    options = dict(base_parameters=1000, fraction=1.0, granularity="module", rank_allocation="proportional", r=8)
+    highest, lowest = (list(select(pool, order=order, **options).ranks.items()) for order in ("highest", "lowest"))
+    assert dict(highest)["m5"] > dict(highest)["m0"]
+    assert dict(lowest)["m5"] < dict(lowest)["m0"]
+    assert len({tuple(sorted(select(pool, order="random", seed=s, **options).ranks.items())) for s in range(5)}) > 1
+
+
 @given(candidates, st.floats(0.1, 100))
 def test_ranks_follow_the_scores(pool, factor):
     """Without it proportional ranks could favour the wrong modules or change with the unit of the scores."""

@@ -1,0 +1,170 @@
+"""Make docs/method_comparison.md and its picture from what method_comparison.py has run so far.
+
+python benchmarks/method_report.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+from common import RESULTS
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from table import ROOT, markdown
+
+from plastic_peft.runs import half_width
+
+
+DOCS = ROOT / "docs"
+RULES = ("all-linear", "attention", "q+v", "attention-out", "kappa", "eva", "random")
+MEASURED = ("select:", "gradient:")
+
+
+def runs() -> pandas.DataFrame:
+    rows = []
+    for path in sorted((RESULTS / "methods").glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows += [{"task": path.stem, **line} for line in lines if "method" in line]
+    return pandas.DataFrame(rows)
+
+
+def at_best_rate(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The runs at the learning rate that validated best for the first seed, for each task, method and budget."""
+    first = table[table.seed == 0].sort_values("validation", ascending=False, kind="stable")
+    best = first.drop_duplicates(["task", "method", "budget"])[["task", "method", "budget", "rate"]]
+    return table.merge(best, on=["task", "method", "budget", "rate"])
+
+
+def interval(values: Sequence[float]) -> str:
+    mean, half = 100 * sum(values) / len(values), half_width(list(values))
+    return f"{mean:+.1f}" if half is None else f"{mean:+.1f} ± {100 * half:.1f}"
+
+
+def paired(table: pandas.DataFrame, method: str, other: str) -> list[float]:
+    """Differences in test accuracy over the tasks and seeds that both have."""
+    keys = ["task", "seed"]
+    both = table[table.method == method].merge(table[table.method == other], on=keys, suffixes=("", "_other"))
+    return (both.test - both.test_other).tolist()
+
+
+def task_table(table: pandas.DataFrame, task: str, costs: dict[str, Any]) -> str:
+    rows = []
+    mine = table[table.task == task]
+    for method, group in mine.groupby("method", sort=False):
+        cost = costs.get(str(method), {})
+        tests, half = group.test.tolist(), half_width(group.test.tolist())
+        rows.append(
+            {
+                "method": f"`{method}`",
+                "trained": f"{group.parameters.iloc[0]:,}",
+                "modules": int(group.modules.iloc[0]),
+                "rate": f"{group.rate.iloc[0]:g}",
+                "seeds": len(group),
+                "validation": f"{100 * group.validation.mean():.1f}",
+                "test": f"{100 * sum(tests) / len(tests):.1f}" + ("" if half is None else f" ± {100 * half:.1f}"),
+                "against q+v": interval(paired(mine, str(method), "q+v")) if method != "q+v" else "",
+                "step time": cost.get("step_over_head", ""),
+                "peak MiB": cost.get("peak_mib", ""),
+            }
+        )
+    rows.sort(key=lambda row: -float(row["test"].split()[0]))
+    return markdown(rows)
+
+
+def duels(table: pandas.DataFrame) -> str:
+    """Every measured method against every rule: paired over tasks and seeds, wins, ties within half a point, losses."""
+    rows = []
+    methods = [m for m in table.method.unique() if m.startswith(MEASURED)]
+    for method in methods:
+        row: dict[str, Any] = {"method": f"`{method}`"}
+        for rule in RULES:
+            d = paired(table, method, rule)
+            if d:
+                won, lost = sum(x > 0.005 for x in d), sum(x < -0.005 for x in d)
+                row[rule] = f"{interval(d)} ({won}/{len(d) - won - lost}/{lost})"
+            else:
+                row[rule] = ""
+        rows.append(row)
+    return markdown(rows)
+
+
+def correlations(table: pandas.DataFrame, task: str, signals: dict[str, dict[str, float]]) -> str:
+    """Spearman correlation of each signal with the gain of training one role over all depths."""
+    mine = table[table.task == task].groupby("method").test.mean()
+    if "head" not in mine:
+        return ""
+    gains = {m.partition(":")[2]: mine[m] - mine["head"] for m in mine.index if m.startswith("only:")}
+    order = sorted(gains, key=lambda role: -gains[role])
+    text = "Gain over the head alone, in points: " + ", ".join(f"{r} {100 * gains[r]:.1f}" for r in order) + ". "
+    if len(order) < 3:
+        return text
+    parts = []
+    for name, values in signals.items():
+        rho = spearmanr([values[r] for r in order], [gains[r] for r in order]).statistic
+        parts.append(f"{name} {rho:+.2f}")
+    return text + "Rank correlation of the signals with it: " + ", ".join(parts) + "."
+
+
+def picture(table: pandas.DataFrame, costs: dict[str, Any], path: Path) -> None:
+    """Test accuracy against step time for each task, the front drawn through what nothing beats in both."""
+    tasks = [task for task in table.task.unique() if task in costs]
+    figure = Figure(figsize=(6.2 * len(tasks), 5.4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        means = table[table.task == task].groupby("method").test.mean() * 100
+        points = [(costs[task][m]["step_over_head"], means[m], m) for m in means.index if m in costs[task]]
+        front, best = [], 0.0
+        for time, accuracy, _ in sorted(points):
+            if accuracy > best:
+                front, best = [*front, (time, accuracy)], accuracy
+        axes.plot(*zip(*front, strict=True), color="#9db4c0", linewidth=6, alpha=0.4, zorder=0)
+        for time, accuracy, method in points:
+            measured = method.startswith(MEASURED)
+            axes.plot(time, accuracy, "o", color="#c1121f" if measured else "#5c677d", markersize=4)
+            axes.annotate(
+                short(method), (time, accuracy), xytext=(4, 2), textcoords="offset points", fontsize=6.5,
+                color="#c1121f" if measured else "#333333",
+            )  # fmt: skip
+        lowest = min(a for _, a, m in points if m != "head")
+        axes.set(xlabel="time of a training step over that of the head alone", ylabel="test accuracy (%)", title=task)
+        axes.set_ylim(bottom=lowest - 1)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def short(method: str) -> str:
+    names = {"select:": "", "signal=": "", "granularity=": "", "rank_allocation=": "", "within=role": "in roles"}
+    for long, brief in {**names, "order=lowest": "LOWEST", ",": " ", "r=2 proportional": "all, proportional"}.items():
+        method = method.replace(long, brief)
+    return method
+
+
+def main() -> None:
+    table = at_best_rate(runs())
+    costs, signals = {}, {}
+    for task in table.task.unique():
+        path = RESULTS / f"methods_cost_{task}.json"
+        if path.exists():
+            data = json.loads(path.read_text())
+            costs[task], signals[task] = data["results"], data["settings"]["signals"]
+    lora = table[table.budget > 0]
+    parts = [(ROOT / "benchmarks" / "method_comparison.md").read_text().strip()]
+    parts += ["## Measured selections against fixed rules", duels(lora)]
+    section: Callable[[str], list[str]] = lambda task: [  # noqa: E731
+        f"## {task}",
+        correlations(table, task, signals.get(task, {})),
+        task_table(table, task, costs.get(task, {})),
+    ]
+    for task in table.task.unique():
+        parts += section(task)
+    if costs:
+        picture(table, costs, DOCS / "method_comparison.png")
+    (DOCS / "method_comparison.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+if __name__ == "__main__":
+    main()
