@@ -119,6 +119,7 @@ class Inspection(Output):
 
 
 def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    import torch
     from accelerate import PartialState
 
     from . import train
@@ -131,7 +132,7 @@ def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     if not name:
         raise ValueError("Say which images to measure on: --dataset_name or --train_dir.")
     _check_writable("--output", output.output)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():
         images = load_unlabelled(name, split="train")
     model, processor = train.load_model(model_args)

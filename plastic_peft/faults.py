@@ -26,7 +26,7 @@ class LostProcessError(RuntimeError):
 
 @contextlib.contextmanager
 def explained(folder: str | os.PathLike[str] | None = None, process: int = 0) -> Iterator[None]:
-    """Raise errors of a full disk and of a lost process as errors that say what to do; others pass.
+    """Raise errors of a full disk, a port in use and a lost process as errors that say what to do; others pass.
 
     Args:
         folder: The output folder of a run, which the same command resumes.
@@ -34,6 +34,7 @@ def explained(folder: str | os.PathLike[str] | None = None, process: int = 0) ->
 
     Raises:
         DiskFullError: If a file could not be written whole for want of space.
+        OSError: If the port is in use on which the processes were to meet.
         LostProcessError: If another process did not answer.
     """
     resuming = "" if folder is None else " The same command resumes from the last whole checkpoint."
@@ -46,6 +47,11 @@ def explained(folder: str | os.PathLike[str] | None = None, process: int = 0) ->
         if getattr(error, "errno", None) in _FULL or any(words in told for words in _UNWRITTEN):
             raise DiskFullError(
                 f"A file could not be written whole ({told}){_free(folder)}: make room, or write elsewhere.{resuming}"
+            ) from error
+        if "EADDRINUSE" in told:
+            raise OSError(
+                f"The port on which the processes of this run meet is taken ({told}): choose another one with accelerate's "
+                "--main_process_port, torchrun's --master_port or MASTER_PORT."
             ) from error
         if isinstance(error, RuntimeError) and any(words in told for words in _UNREACHED):
             raise LostProcessError(

@@ -76,6 +76,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 50,
     "remove_unused_columns": False,
     "report_to": "none",
+    # without it, several processes on a machine without GPUs do not know of each other
+    "use_cpu": not torch.accelerator.is_available(),
 }
 """Where the command line and `training_arguments` differ from the defaults of `transformers.TrainingArguments`."""
 
@@ -477,7 +479,8 @@ def train(
         start_over: Remove an earlier run from the output folder first.
 
     Raises:
-        ValueError: If the output folder holds a run with other arguments, or as the steps do.
+        ValueError: If the output folder holds a run with other arguments, several processes run without knowing of each
+            other, or as the steps do.
         OSError: If the output folder cannot be written, or its disk is full (`faults.DiskFullError`).
         faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
@@ -494,6 +497,12 @@ def _train(
     start_over: bool,
 ) -> TrainResult:
     folder = Path(str(training_args.output_dir))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > training_args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched that do not know of each other, and would write to the same files: without GPUs, "
+            "pass use_cpu=True (--use_cpu)."
+        )
     if training_args.use_cpu and torch.distributed.is_initialized():
         # transformers heeds ddp_timeout on GPUs only, and gloo waits for half an hour
         torch.distributed.distributed_c10d._set_pg_timeout(training_args.ddp_timeout_delta)
@@ -626,6 +635,7 @@ def _report_of_run(
         report = PlasticityReport.load(arguments.report)
     else:
         state = training.distributed_state if training.world_size > 1 else None
+        logger.info("Measuring on %d training images.", len(images))
         report = measure(
             model, images, processor, arguments, source=source, state=state, progress=not training.disable_tqdm
         )
