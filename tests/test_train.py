@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from models import transformers_model
+from ranks import Ranks
 from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
-from plastic_peft.callback import PlasticityCallback, gradient_norms
+from plastic_peft.callback import CURVE_NAME, PlasticityCallback, gradient_norms
 from plastic_peft.data import load_images, with_pixels
 from plastic_peft.runs import compare, half_width, way_of
 from plastic_peft.train import (
@@ -220,6 +222,69 @@ def test_two_processes_select_and_train_like_one(base, tmp_path):
 
     loaded = AutoPlasticModelForImageClassification.from_pretrained(checkpoint)
     assert set(loaded.peft_config["default"].selected_modules) == set(one.selection)
+
+
+def test_a_sharded_run_is_tracked_resumes_saves_and_pushes_like_any(base, tmp_path):
+    """Each process holds a part of the weights: what it saved or pushed by itself would be parts that nothing can load."""
+    flags = ["--model_name_or_path", base, "--dataset_name", "digits", "--max_train_samples", "160", "--budget", "0.1"]
+    flags += [
+        "--max_eval_samples",
+        "48",
+        "--max_pairs",
+        "32",
+        "--r",
+        "2",
+        "--max_steps",
+        "4",
+        "--save_strategy",
+        "steps",
+    ]
+    flags += ["--save_steps", "2", "--track_every", "2", "--use_cpu", "--disable_tqdm", "true"]
+    flags += ["--per_device_train_batch_size", "8", "--hub_model_id", "ada/shards", "--hub_token", "secret"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    launch += ["--config_file", str(EXAMPLES / "accelerate" / "fsdp_full_shard.yaml"), "--mixed_precision", "no"]
+    launch += [str(Path(__file__).parent / "workers" / "sharded.py"), "train", "--output_dir", str(tmp_path / "run")]
+    replicas = Ranks(["train", "--output_dir", tmp_path / "replicas", *flags], tmp_path / "replicas.log", 2)
+    assert replicas.codes() == [0, 0], replicas.said()
+    expected = load_file(tmp_path / "replicas" / "adapter_model.safetensors")
+
+    def run(*more, **environment):
+        environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", **environment}
+        done = subprocess.run([*launch, *flags, *more], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = load_file(tmp_path / "run" / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+        return done.stderr
+
+    run()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    # what the trainer writes for sharded models only, and that its checkpoint is an adapter all the same
+    assert (checkpoint / "pytorch_model_fsdp.bin").is_file()
+    from plastic_peft import AutoPlasticModelForImageClassification
+
+    tensors = AutoPlasticModelForImageClassification.from_pretrained(checkpoint).state_dict()
+    for name, tensor in load_file(tmp_path / "run" / "adapter_model.safetensors").items():
+        (found,) = (
+            tensors[key] for key in tensors if key.replace(".default", "").replace(".modules_to_save", "") == name
+        )
+        assert torch.equal(found, tensor), name
+    norms = [
+        [
+            entry["gradient_norm"][1:]
+            for entry in json.loads((tmp_path / run / CURVE_NAME).read_text())["components"].values()
+        ]
+        for run in ("run", "replicas")
+    ]
+    assert torch.allclose(*map(torch.tensor, norms), rtol=1e-4) and any(map(any, norms[0]))
+
+    (checkpoint / "whole.json").unlink()
+    with HubServer({"secret": "ada"}) as hub:
+        said = run("--push_to_hub", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
+        files = hub.repositories["ada/shards"].files
+    assert "Resuming from" in said and "checkpoint-2" in said
+    for name in ("adapter_model.safetensors", "adapter_config.json", "plasticity_report.json", "plasticity.png"):
+        assert files[name] == (tmp_path / "run" / name).read_bytes()
 
 
 def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
