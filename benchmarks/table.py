@@ -24,24 +24,45 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def cost(r: dict[str, Any]) -> dict[str, str]:
+    memory = r["peak_mib"]
+    over = {way: f"{memory[way] / memory['bare']:.2f}" for way in ("hidden", "embedding", "reference")}
+    return {
+        "pairs": f"{r['pairs']} in batches of {r['pairs_per_batch']}",
+        "hidden / bare": spread(r["hidden_over_bare"]),
+        "embedding / bare": spread(r["embedding_over_bare"]),
+        "reference / bare": spread(r["reference_over_bare"]),
+        "peak memory / bare: hidden, embedding, reference": ", ".join(over.values()),
+    }
+
+
 def overhead(data: dict[str, Any]) -> str:
-    rows = []
-    for r in data["results"]:
-        memory = r["peak_mib"]
-        rows.append(
-            {
-                "model": r["model"],
-                "pairs per batch": r["pairs_per_batch"],
-                "hidden / bare": spread(r["hidden_over_bare"]),
-                "embedding / bare": spread(r["embedding_over_bare"]),
-                "reference protocol / bare": spread(r["reference_over_bare"]),
-                "peak MiB: bare, hidden, embedding, reference": ", ".join(
-                    f"{memory[way]:.0f}" for way in ("bare", "hidden", "embedding", "reference")
-                ),
-            }
-        )
-    text = "Time over a bare forward pass of the same images (median of rounds, quartiles), two batches a call, tracing of the structure included.\n\n"
+    rows = [{"model": r["model"], **cost(r)} for r in data["results"]]
+    text = (
+        "Time of a whole call, tracing of the structure included, over bare forward passes of the same images (median of "
+        "rounds, quartiles), and peak memory of tensors over theirs. `reference` is the paper's protocol, every activation "
+        "copied to the host.\n\n"
+    )
     return text + markdown(rows)
+
+
+def scaling(data: dict[str, Any]) -> str:
+    rows = [{"blocks": r["depth"], "width": r["width"], **cost(r)} for r in data["results"]]
+    return "How the cost goes with depth, width and number of pairs.\n\n" + markdown(rows)
+
+
+def training(data: dict[str, Any]) -> str:
+    rows = [
+        {
+            "comparison": r["comparison"],
+            "model": r["model"],
+            "batch": r.get("batch", ""),
+            "time": spread(r["time"]),
+            "peak memory": f"{r['memory']:.3f}" if "memory" in r else "",
+        }
+        for r in data["results"]
+    ]
+    return "Ours over theirs, on the same modules, in turn (median of rounds, quartiles).\n\n" + markdown(rows)
 
 
 def bounds(data: dict[str, Any]) -> str:
@@ -84,18 +105,18 @@ SECTIONS = {
     "measurement_overhead": ("Cost of the measurement", overhead),
     "measurement_pairs_cifar10": ("Pairs needed: DeiT-tiny, CIFAR-10", pairs),
     "measurement_pairs_sketch": ("Pairs needed: DeiT-tiny, PACS sketch", pairs),
+    "measurement_scaling": ("Growth of the measurement's cost", scaling),
     "measurement_bounds": ("Bounds", bounds),
+    "training": ("Training and loading", training),
 }
 
 
 def main() -> None:
     parts = [
         "# Benchmarks",
-        "Made by `python benchmarks/table.py` from `benchmarks/results/*.json`; each file states seeds,",
+        "Made by `python benchmarks/table.py` from `benchmarks/results/*.json`; each file states seeds, versions and machine. "
+        "Times were taken side by side in one run on shared CPU cores, as processor seconds of one thread: read the ratios.",
     ]
-    parts[-1] += (
-        " versions and machine. Times were taken side by side in one run on two shared CPU cores: read the ratios."
-    )
     for name, (title, render) in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
