@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional, get_origin
 
 from .faults import explained
 
@@ -455,6 +455,10 @@ def _parse(
         formatter_class=formatter,
         allow_abbrev=False,
     )
+    for action in full._actions:
+        # transformers 4 has flags of type dict, which reads no text
+        if get_origin(action.type) is dict:
+            action.type = json.loads
     if defaults:
         full.set_defaults(**defaults)
         # the many flags of TrainingArguments are in the general group: show it last

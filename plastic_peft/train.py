@@ -23,6 +23,7 @@ import datasets
 import numpy as np
 import peft
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -63,6 +64,7 @@ RUN_NAME = "plasticity_run.json"
 SELECTION_NAME = "plasticity_selection.json"
 RESULTS_NAME = "results.json"
 WHOLE_NAME = "whole.json"
+LOCK_NAME = ".lock"
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -274,7 +276,7 @@ def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -
         )
         call_by_name(model)
         processor = AutoImageProcessor.from_pretrained(path, **where)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise FileNotFoundError(f"Model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if arguments.image_size is not None:
         resize_to(processor, arguments.image_size)
@@ -484,7 +486,11 @@ def train(
         OSError: If the output folder cannot be written, or its disk is full (`faults.DiskFullError`).
         faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
-    with explained(training_args.output_dir, training_args.process_index):
+    main = training_args.process_index == 0
+    with (
+        explained(training_args.output_dir, training_args.process_index),
+        _reserved(Path(str(training_args.output_dir))) if main else contextlib.nullcontext(),
+    ):
         return _train(model_args, data_args, plasticity_args, training_args, callbacks, start_over)
 
 
@@ -590,6 +596,32 @@ def _asked(*arguments: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
+@contextlib.contextmanager
+def _reserved(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder until this one ends, in whatever way: the lock goes with the process."""
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # some network file systems have no locks
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "
+            "choose another output_dir (--output_dir)."
+        ) from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(f"The output folder {folder} cannot be written ({error}): choose another with --output_dir.")
+
+
 def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
     """Note what was asked for, or check that it is what the folder's earlier run was asked for."""
     if start_over and folder.is_dir():
@@ -598,7 +630,7 @@ def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     note = folder / RUN_NAME
-    if note.is_file() and os.access(folder, os.W_OK):
+    if note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
         changed = [
             f"{key} {before.get(key)!r} -> {value!r}" for key, value in asked.items() if before.get(key) != value
@@ -612,9 +644,7 @@ def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
     try:
         write_whole(note, json.dumps(asked, indent=1))
     except OSError as error:
-        raise OSError(
-            f"The output folder {folder} cannot be written ({error}): choose another with --output_dir."
-        ) from None
+        raise _unwritable(folder, error) from None
 
 
 def _report_of_run(
