@@ -23,6 +23,7 @@ import datasets
 import numpy as np
 import peft
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
