@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
 from hub_server import HubServer, Repository
+from models import vit_name
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -34,6 +36,11 @@ from plastic_peft.hub import AutoPlasticModelForImageClassification, save_adapte
 from plastic_peft.names import checkpoint_names, compact, renamings
 
 
+pytestmark = pytest.mark.versions
+renames = pytest.mark.skipif(
+    find_spec("transformers.conversion_mapping") is None, reason="transformers 4 has the names of the checkpoint files"
+)
+FC1, QUERY = vit_name("mlp.fc1"), vit_name("q_proj")
 LABELS = ["cat", "dog", "cow"]
 TINY = {
     "hidden_size": 32,
@@ -199,11 +206,11 @@ def test_weights_that_no_file_holds_are_named(base_folder, report, tmp_path):
 
 def test_patterns_are_saved_as_exact_names(base_folder, tmp_path):
     """Without it, an adapter given by regular expressions would be saved with them, and not load as untrusted data."""
-    model = trained(base_folder, target_modules=r".*\.(fc1|o_proj)", rank_pattern={"fc1": 3}, r=2)
+    model = trained(base_folder, target_modules=rf".*\.({FC1}|{QUERY})", rank_pattern={FC1: 3}, r=2)
     folder = save_adapter(model, tmp_path, adapter_name="default")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(model.targeted_module_names)
-    assert config["rank_pattern"] == {f"vit.layers.{block}.mlp.fc1": 3 for block in range(3)}
+    assert config["rank_pattern"] == {vit_name(f"vit.layers.{block}.mlp.fc1"): 3 for block in range(3)}
     loaded = AutoPlasticModelForImageClassification.from_pretrained(folder)
     assert torch.equal(logits(loaded), logits(model))
 
@@ -228,7 +235,7 @@ def test_saving_is_whole_and_leaves_nothing_of_an_older_adapter(base_folder, rep
     target = tmp_path / "adapter"
     save_adapter(trained(base_folder, plasticity=report, top_k=1), target)
     assert {"plasticity_report.json", "plasticity.png", "README.md"} <= set(os.listdir(target))
-    save_adapter(trained(base_folder, target_modules=["fc1"]), target)
+    save_adapter(trained(base_folder, target_modules=[FC1]), target)
     assert not {"plasticity_report.json", "plasticity.png"} & set(os.listdir(target))
     before = (target / "adapter_config.json").read_bytes()
 
@@ -237,7 +244,7 @@ def test_saving_is_whole_and_leaves_nothing_of_an_older_adapter(base_folder, rep
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(trained(base_folder, target_modules=["fc2"]), target, image_processor=Broken())
+        save_adapter(trained(base_folder, target_modules=[QUERY]), target, image_processor=Broken())
     assert (target / "adapter_config.json").read_bytes() == before
     assert os.listdir(tmp_path) == ["adapter"]
 
@@ -265,7 +272,7 @@ def test_the_order_of_the_selection_is_kept_on_disk(save, base_folder, report, t
 def nano():
     """An adapted vit_nano whose adapter differs from its initial state."""
     model = get_peft_model(
-        load_vit_nano(num_labels=3), PlasticityConfig(target_modules=["fc1"], r=1, init_lora_weights=False)
+        load_vit_nano(num_labels=3), PlasticityConfig(target_modules=[FC1], r=1, init_lora_weights=False)
     )
     return model.eval()
 
@@ -341,7 +348,9 @@ def test_exported_lora_loads_without_this_package(base_folder, report, tmp_path)
     cases = {
         "proportional": trained(base_folder, plasticity=report, **MODES["lora"]),
         "dora": trained(base_folder, plasticity=report, **MODES["dora"]),
-        "patterns": trained(base_folder, target_modules=r".*\.(fc1|q_proj)", alpha_pattern={"fc1": 3}, use_rslora=True),
+        "patterns": trained(
+            base_folder, target_modules=rf".*\.({FC1}|{QUERY})", alpha_pattern={FC1: 3}, use_rslora=True
+        ),
     }
     for name, model in cases.items():
         export_lora(model, tmp_path / name)
@@ -434,6 +443,7 @@ FAMILIES = {
 }
 
 
+@renames
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_lead_to_the_checkpoint_and_back(family, tmp_path):
     """Without it, adapters would lose or confuse modules between releases that name them differently."""
@@ -475,6 +485,7 @@ def rewritten(folder, target, names):
     return target
 
 
+@renames
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_with_transformers_4_names_load(mode, base_folder, report, tmp_path):
     """Without it, adapters made under transformers 4 would be lost under transformers 5."""
@@ -491,6 +502,7 @@ def test_adapters_with_transformers_4_names_load(mode, base_folder, report, tmp_
     assert config.report.rows == report.rows
 
 
+@renames
 def test_peft_itself_loads_adapters_with_transformers_4_names(base_folder, report, tmp_path):
     """Without it, PeftModel.from_pretrained and load_adapter would not find the modules of older adapters."""
     model = trained(base_folder, plasticity=report, top_k=2, r=2)
@@ -502,6 +514,7 @@ def test_peft_itself_loads_adapters_with_transformers_4_names(base_folder, repor
     assert torch.equal(logits(loaded), logits(model))
 
 
+@renames
 @pytest.mark.parametrize(
     ("saved", "named"),
     [("vit.layers.2.mlp.fc2", None), ("layers.2.mlp.fc2", "layer.2.output"), ("vit.layers.2", "vit.encoder.layer.2")],
@@ -525,6 +538,7 @@ def test_peft_itself_loads_modules_saved_whole_under_transformers_4_names(saved,
     assert torch.equal(logits(AutoPlasticModelForImageClassification.from_pretrained(older)), logits(model))
 
 
+@renames
 def test_a_moved_module_takes_weights_of_every_release_but_no_missing_ones(base_folder, tmp_path):
     """Without it, an adapter beside an older one could not load, or a file that lacks weights would pass unnoticed."""
     model = trained(base_folder, target_modules=["fc1"], r=2, modules_to_save=["classifier", "vit.layers.2.mlp.fc2"])
@@ -540,6 +554,7 @@ def test_a_moved_module_takes_weights_of_every_release_but_no_missing_ones(base_
         PeftModel.from_pretrained(load_base(base_folder), older)
 
 
+@renames
 def test_short_targets_of_transformers_4_find_their_modules(base_folder):
     """Without it, target_modules such as query and value, which most examples use, would match nothing."""
     model = trained(base_folder, target_modules=["query", "output.dense"], rank_pattern={"query": 3}, r=2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import vit_name
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -19,6 +20,7 @@ from plastic_peft.hub import AutoPlasticModelForImageClassification, save_adapte
 from plastic_peft.untrusted import read_json, validate_adapter_config
 
 
+pytestmark = pytest.mark.versions
 TINY = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -28,7 +30,7 @@ TINY = {
     "patch_size": 8,
 }
 BOMB = "(a|a?)+" * 10 + "$"
-MODULE = "vit.layers.0.mlp.fc1"
+MODULE = vit_name("vit.layers.0.mlp.fc1")
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,8 @@ HOSTILE_FIELDS = {
     "scores as text": ("selected_modules", {MODULE: "high"}),
     "modules as list": ("selected_modules", [MODULE]),
     "modules as number": ("selected_modules", 7),
-    "modules outside": ("selected_modules", {"vit.layers.9.mlp.fc1": 1.0}),
-    "other modules": ("selected_modules", {"vit.layers.1.attention.o_proj": 1.0}),
+    "modules outside": ("selected_modules", {vit_name("vit.layers.9.mlp.fc1"): 1.0}),
+    "other modules": ("selected_modules", {vit_name("vit.layers.1.attention.o_proj"): 1.0}),
     "modules that are paths": ("selected_modules", {"../../etc/passwd": 1.0}),
     "huge list": ("target_modules", ["a"] * 200_000),
     "huge selection": ("selected_modules", {f"m{i}": 1.0 for i in range(150_000)}),
@@ -259,7 +261,7 @@ def test_report_of_another_architecture_is_refused(change, folder):
     if change == "score":
         path.write_text(path.read_text().replace(f'"mean": {row["mean"]}', '"mean": 1e999'))
     else:
-        row[change] = "vit.layers.77.mlp.fc1" if change == "name" else [99, 99]
+        row[change] = vit_name("vit.layers.77.mlp.fc1") if change == "name" else [99, 99]
         path.write_text(json.dumps(report))
     with pytest.raises(ValueError, match="another architecture|field 'mean'"):
         load(folder)
