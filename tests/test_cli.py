@@ -20,6 +20,9 @@ from plastic_peft import PlasticityReport
 from plastic_peft.cli import COMMANDS, main
 
 
+pytestmark = pytest.mark.versions
+
+
 @pytest.fixture(scope="module")
 def day(tmp_path_factory):
     """A user's day up to training: a base model, a report measured on the digits, and an adapter trained by it."""
