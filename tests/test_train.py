@@ -91,7 +91,7 @@ def wait_for(condition, process):
 @pytest.mark.parametrize(
     "options", [{"adapter": "lora"}, {"adapter": "full", "lora_dropout": 0.0}], ids=["lora", "full"]
 )
-XXMARK
+@pytest.mark.versions
 def test_runs_killed_at_any_moment_end_as_if_they_had_not_been(base, tmp_path, options):
     """A cluster kills jobs: the restarted one must neither measure again, nor read half a file, nor train differently."""
 
