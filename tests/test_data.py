@@ -28,6 +28,9 @@ from plastic_peft.data import (
 from plastic_peft.metrics import load_metric
 
 
+pytestmark = pytest.mark.versions
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
