@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from plastic_peft import PlasticityReport, measure_plasticity
 
 
+pytestmark = pytest.mark.versions
+
+
 @pytest.fixture(scope="module")
 def report():
     import models
