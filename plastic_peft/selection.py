@@ -79,7 +79,7 @@ def check_options(
     granularity: str,
     within: str,
     order: str,
-    rank_allocation: str,
+    rank_allocation: str | None,
     adapter: str,
 ) -> None:
     """Raise a `ValueError` that names the option at fault; see `select` for their meaning."""
@@ -93,7 +93,7 @@ def check_options(
         ("granularity", granularity, GRANULARITIES),
         ("within", within, WITHIN),
         ("order", order, ORDERS),
-        ("rank_allocation", rank_allocation, RANK_ALLOCATIONS),
+        ("rank_allocation", rank_allocation, (*RANK_ALLOCATIONS, None)),
         ("adapter", adapter, ADAPTERS),
     ):
         if choice not in allowed:
@@ -113,7 +113,7 @@ def check_options(
         raise ValueError(f"top_k={top_k} must be a whole number of at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} must lie above 0 and at most at 1.")
-    if adapter == "full" and rank_allocation != "uniform":
+    if adapter == "full" and rank_allocation == "proportional":
         raise ValueError('rank_allocation applies to adapter="lora": full adapters have no rank.')
 
 
@@ -128,7 +128,7 @@ def select(
     granularity: str = "component",
     within: str = "model",
     order: str = "highest",
-    rank_allocation: str = "uniform",
+    rank_allocation: str | None = None,
     adapter: str = "lora",
     r: int = 8,
     seed: int = 0,
@@ -149,9 +149,10 @@ def select(
         order: `"highest"` or `"lowest"` score first, or `"random"` (with `seed`) for controls.
         rank_allocation: `"uniform"` gives every module rank `r`; `"proportional"` gives ranks in proportion to the modules'
             scores, at least 1, until no further rank fits: a `budget` goes to as many modules as it pays one rank for, and
-            otherwise the chosen units share what rank `r` on each would cost.
+            otherwise the chosen units share what rank `r` on each would cost. By default proportional for a budget, and
+            uniform otherwise.
         adapter: `"lora"` or `"full"`; LoRA leaves out modules that cannot take it, such as norms.
-        r: LoRA rank.
+        r: LoRA rank; without effect where a budget is spent proportionally.
 
     Raises:
         ValueError: If options contradict each other, nothing can be selected, or the budget is below the first module.
@@ -172,6 +173,8 @@ def select(
         raise ValueError(f"None of the {len(candidates)} measured modules can take adapter={adapter!r}.")
     if budget is None and top_k is None and fraction is None and threshold is None:
         budget, top_k = (DEFAULT_BUDGET, None) if adapter == "lora" else (None, 1)
+    if rank_allocation is None:
+        rank_allocation = "proportional" if budget is not None and adapter == "lora" else "uniform"
 
     units = _ranked_units(able, granularity, within, order, seed)
     if top_k is not None:

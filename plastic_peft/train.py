@@ -205,10 +205,10 @@ class PlasticityArguments:
         default="highest", metadata={"help": "Which units come first; 'lowest' and 'random' are controls."}
     )
     selection_seed: int = field(default=0, metadata={"help": "Seed of --order random."})
-    rank_allocation: Literal["uniform", "proportional"] = field(
-        default="uniform", metadata={"help": "The same rank everywhere, or ranks in proportion to scores."}
+    rank_allocation: Optional[Literal["uniform", "proportional"]] = field(
+        default=None, metadata={"help": "Rank r everywhere, or ranks in proportion to scores (default for a budget)."}
     )
-    r: int = field(default=8, metadata={"help": "LoRA rank."})
+    r: int = field(default=8, metadata={"help": "LoRA rank, where no budget decides the ranks."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scaling is lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA inputs."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})

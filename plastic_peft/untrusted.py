@@ -198,7 +198,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "within": (_one_of(*WITHIN), "a known word"),
     "signal": (_text(40), "a known word"),
     "order": (_one_of(*ORDERS), "a known word"),
-    "rank_allocation": (_one_of(*RANK_ALLOCATIONS), "a known word"),
+    "rank_allocation": (_maybe(_one_of(*RANK_ALLOCATIONS)), "a known word or null"),
     "seed": (_integer, "a whole number"),
     "selected_modules": (
         _maybe(lambda v: v != {} and _mapping(is_module_name, _number)(v)),

@@ -100,14 +100,23 @@ def test_defaults_spend_one_per_cent_or_take_one_unit():
     assert len(chosen(adapter="full").units) == 1
 
 
+def test_a_budget_decides_the_ranks_and_otherwise_r_does():
+    """Without it a budget at the default rank would pile up on few modules, and units chosen by number would not get rank r."""
+    assert len(chosen(budget=240).ranks) == 18
+    assert set(chosen(top_k=1, r=3).ranks.values()) == {3}
+    assert chosen(top_k=1, adapter="full").ranks == {}
+
+
 def test_a_budget_below_one_module_says_what_is_needed():
     """Without it a small budget would give an empty adapter."""
     with pytest.raises(
         ValueError, match=r"budget of 50 parameters is below the first module, 2.mlp_in.1, which needs 80"
     ):
-        chosen(budget=50)
+        chosen(budget=50, rank_allocation="uniform")
     with pytest.raises(ValueError, match=r"100 parameters \(0.01 of 10,000\).*lower r \(now 64\)"):
-        chosen(budget=0.01, r=64)
+        chosen(budget=0.01, r=64, rank_allocation="uniform")
+    with pytest.raises(ValueError, match=r"which needs 10: raise the budget"):
+        chosen(budget=5)
 
 
 @pytest.mark.parametrize(

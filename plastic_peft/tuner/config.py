@@ -71,9 +71,10 @@ class PlasticityConfig(LoraConfig):
             The rate of change, or that rate over the rate inside the source images.
         order (`"highest"`, `"lowest"` or `"random"`, defaults to `"highest"`):
             Which end of the ranking to adapt; the others are controls.
-        rank_allocation (`"uniform"` or `"proportional"`, defaults to `"uniform"`):
-            Rank `r` everywhere, or the same parameters with ranks in proportion to the scores; `lora_alpha` follows, so
-            that every module keeps the same scaling.
+        rank_allocation (`"uniform"` or `"proportional"`, *optional*):
+            Rank `r` everywhere, or ranks in proportion to the scores: a budget then reaches as many modules as it pays
+            one rank for, whatever `r` is. By default proportional for a budget and uniform otherwise. `lora_alpha`
+            follows, so that every module keeps the same scaling.
         seed (`int`, defaults to 0): Decides `order="random"`.
         modules_to_save (`list[str]` or `"auto"`, defaults to `"auto"`):
             Modules trained in full and saved with the adapter; `"auto"` finds the classification head.
@@ -116,8 +117,9 @@ class PlasticityConfig(LoraConfig):
     order: Literal["highest", "lowest", "random"] = field(
         default="highest", metadata={"help": "Which units to adapt first."}
     )
-    rank_allocation: Literal["uniform", "proportional"] = field(
-        default="uniform", metadata={"help": "The same rank everywhere, or ranks in proportion to the scores."}
+    rank_allocation: Optional[Literal["uniform", "proportional"]] = field(
+        default=None,
+        metadata={"help": "Rank r everywhere, or ranks in proportion to scores (the default for a budget)."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of order='random'."})
     modules_to_save: Optional[Union[list[str], str]] = field(  # type: ignore[assignment]
