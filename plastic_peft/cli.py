@@ -131,7 +131,7 @@ def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     name = data_args.dataset_name or data_args.train_dir
     if not name:
         raise ValueError("Say which images to measure on: --dataset_name or --train_dir.")
-    _check_writable("--output", output.output)
+    _check_writable("--output", Path(output.output).parent)
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():
         images = load_unlabelled(name, split="train")
@@ -196,7 +196,7 @@ def compare(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     from . import runs
 
     model_args, data_args, plasticity_args, training_args, what = _parse_training(parser, argv, Comparison)
-    _check_writable("--output_dir", f"{training_args.output_dir}/{runs.COMPARISON_NAME}")
+    _check_writable("--output_dir", Path(training_args.output_dir))
     table = runs.compare(
         what.methods, what.seeds, what.learning_rates, model_args, data_args, plasticity_args, training_args
     )
@@ -228,7 +228,7 @@ def predict(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     if what.output and Path(what.output).suffix not in (".csv", ".json"):
         raise ValueError(f"--output {what.output} must end in .csv or .json.")
     if what.output:
-        _check_writable("--output", what.output)
+        _check_writable("--output", Path(what.output).parent)
     rows = _predictions(what)
     if what.output:
         write_whole(Path(what.output), _csv(rows) if what.output.endswith(".csv") else _json(rows))
@@ -282,7 +282,7 @@ def export(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
 
     (what,) = _parse(parser, argv, Export)
     _require(what, "adapter", "output_dir")
-    _check_writable("--output_dir", what.output_dir)
+    _check_writable("--output_dir", Path(what.output_dir))
     model = _load_adapter(what.adapter, what.base_model)
     path = (export_lora if what.format == "lora" else export_merged)(model, what.output_dir)
     return _json({"path": str(path), "format": what.format}) if what.json else f"Written to {path}"
@@ -399,15 +399,13 @@ def _require(arguments: Any, *names: str) -> None:
             raise ValueError(f"--{name} is needed.")
 
 
-def _check_writable(flag: str, path: str) -> None:
+def _check_writable(flag: str, folder: Path) -> None:
     """Fail before hours of work, not after them."""
-    folder = Path(path).absolute().parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): choose another place with {flag}.") from None
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {folder} is read-only; choose another place with {flag}.")
+    folder = folder.absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "read-only" if existing.is_dir() else "no folder"
+        raise OSError(f"{folder} cannot be written, as {existing} is {what}: choose another place with {flag}.")
 
 
 def _json(value: Any) -> str:

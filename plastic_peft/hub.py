@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PROCESSOR_NAME = "preprocessor_config.json"
 PICTURE_NAME = "plasticity.png"
+SAVING = ".saving."
 
 
 class AutoPlasticModelForImageClassification:
@@ -477,20 +478,28 @@ def write_adapter(
 
 @contextmanager
 def whole_folder(path: str | os.PathLike[str], instead_of: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `path` whose files move to `path` when the block ends well, and vanish otherwise.
+    """A temporary folder inside `path` whose files move to `path` when the block ends well, and vanish otherwise.
 
     Files named in `instead_of` are removed from `path` if the block did not write new ones.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: pass a folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
-        folder = Path(name)
-        yield folder
-        target.mkdir(exist_ok=True)
-        for old in instead_of:
-            if not (folder / old).exists():
-                (target / old).unlink(missing_ok=True)
-        for file in sorted(folder.iterdir()):
-            os.replace(file, target / file.name)
+    new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        # not beside it: the folder may be a mount, or in one where we must not write
+        with tempfile.TemporaryDirectory(dir=target, prefix=SAVING) as name:
+            folder = Path(name)
+            yield folder
+            for old in instead_of:
+                if not (folder / old).exists():
+                    (target / old).unlink(missing_ok=True)
+            # the config comes last: with it the folder is an adapter
+            for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_NAME, file.name)):
+                os.replace(file, target / file.name)
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                target.rmdir()
+        raise

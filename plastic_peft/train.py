@@ -603,9 +603,14 @@ def _reserved(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it is read-only")
         # some network file systems have no locks
         with contextlib.suppress(NotImplementedError):
             lock.acquire()
+        # what a run that was killed while it saved has left
+        for unfinished in folder.glob(f"{hub.SAVING}*"):
+            shutil.rmtree(unfinished)
     except Timeout:
         raise ValueError(
             f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "

@@ -114,6 +114,7 @@ def test_runs_killed_at_random_end_as_if_they_had_not_been(train, whole, tmp_pat
     assert killed > 0
     assert "Measured" not in ranks.logs[0].read_text().partition("Using the report")[2]
     same_result(folder, expected)
+    assert not list(folder.glob(".saving*"))
 
 
 @pytest.mark.parametrize("moment", ["POST .*/preupload/", "PUT /lfs/", "POST .*/commit/"])
@@ -194,21 +195,23 @@ def test_a_file_that_cannot_grow_stops_the_run_with_advice_and_the_run_resumes(t
     same_result(folder, whole[1][0])
 
 
-def test_a_full_disk_stops_the_run_with_advice_and_the_run_resumes(train, whole, tmp_path):
+def test_a_full_disk_stops_the_run_with_advice_and_the_run_resumes(train, whole, tmp_path, tmp_path_factory):
     """Without it the limit on files above could differ from what a disk that is really full does."""
-    disk = tmp_path / "disk"
+    disk, log = tmp_path / "disk", tmp_path_factory.mktemp("log") / "log"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
-        ranks = train(disk / "run")
+        # the output folder is the disk itself, and what is around it cannot be written
+        tmp_path.chmod(0o555)
+        ranks = train(disk, log=log, mortal=True)
         assert ranks.codes() == [2], ranks.said()
         assert "MiB free: make room" in ranks.said()
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        again = train(disk / "run")
+        again = train(disk, log=log, mortal=True)
         assert again.codes() == [0], again.said()
-        same_result(disk / "run", whole[1][0])
+        same_result(disk, whole[1][0])
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -242,6 +245,18 @@ def test_processes_that_do_not_know_of_each_other_are_refused(train, tmp_path):
     ranks = train(tmp_path / "run", "--use_cpu", "false", world=2)
     assert ranks.codes() == [2, 2], ranks.said()
     assert "--use_cpu" in ranks.said(1).strip().splitlines()[-1]
+
+
+def test_a_folder_in_which_a_run_is_under_way_is_left_to_it(train, whole, tmp_path):
+    """Without it a command given twice, or again while processes of a killed launcher live on, would mix two runs."""
+    folder = tmp_path / "run"
+    first = train(folder)
+    assert first.wait_for(checkpoint(folder, 3))
+    second = train(folder, "--start_over", log=tmp_path / "second.log")
+    assert second.codes() == [2], second.said()
+    assert "Another run is under way" in second.said().strip().splitlines()[-1]
+    assert first.codes() == [0], first.said()
+    same_result(folder, whole[1][0])
 
 
 def test_a_port_that_is_taken_is_named(train, tmp_path):
