@@ -19,6 +19,7 @@ from hub_server import HubServer
 from models import transformers_model
 from ranks import Ranks
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import ViTImageProcessor
 
 from plastic_peft.callback import CURVE_NAME, PlasticityCallback, gradient_norms
@@ -312,6 +313,22 @@ def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
     train(*arguments, run_options(tmp_path / "a", max_steps=8))
     again = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
     assert again["steps"] == curve["steps"] and again["components"] == curve["components"]
+
+
+def test_the_curve_reaches_tensorboard(base, tmp_path, monkeypatch):
+    """People watch a tracker while a run lasts; a curve that is only in its own file comes too late."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    train(*asked(base, track_every=2), run_options(tmp_path / "run", max_steps=4, report_to="tensorboard"))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    curve = json.loads((tmp_path / "run" / CURVE_NAME).read_text())
+    for key, first in (("plasticity", 0), ("gradient_norm", 1)):
+        for role in {entry["role"] for entry in curve["components"].values() if entry["selected"]}:
+            rows = [e[key] for e in curve["components"].values() if e["role"] == role and e["selected"]]
+            expected = [sum(values) / len(values) for values in list(zip(*rows, strict=True))[first:]]
+            events = board.Scalars(f"train/{key}_adapted/{role}")
+            assert [event.step for event in events] == curve["steps"][first:] == [0, 2, 4][first:]
+            assert [event.value for event in events] == pytest.approx(expected, rel=1e-5)
+    assert {"train/plasticity_frozen/norm_mlp", "eval/accuracy"} <= set(board.Tags()["scalars"])
 
 
 def test_gradient_norms_are_those_of_the_parameters(base):
