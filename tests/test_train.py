@@ -20,8 +20,10 @@ from models import transformers_model
 from ranks import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import ViTImageProcessor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerControl, TrainerState, ViTImageProcessor
 
+from plastic_peft import load_vit_nano
 from plastic_peft.callback import CURVE_NAME, PlasticityCallback, gradient_norms
 from plastic_peft.data import load_images, with_pixels
 from plastic_peft.runs import compare, half_width, way_of
@@ -313,6 +315,32 @@ def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
     train(*arguments, run_options(tmp_path / "a", max_steps=8))
     again = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
     assert again["steps"] == curve["steps"] and again["components"] == curve["components"]
+
+
+@pytest.mark.parametrize(
+    "options, passes",
+    [
+        ({}, [3, 64]),
+        ({"batch_size": 8}, [3, 16, 16, 16, 16]),
+        ({"pairs": 21, "batch_size": 16}, [3, 32, 12]),
+        ({"source": torch.randn(64, 3, 32, 32)}, [3, 64, 64]),
+    ],
+    ids=["default", "small batches", "odd batch", "source"],
+)
+def test_a_measurement_costs_what_its_docstring_says(tmp_path, options, passes):
+    """People choose how often to measure by what it costs; the arithmetic must not hide behind few calls."""
+    model, probe, calls = load_vit_nano(), torch.randn(64, 3, 32, 32), []
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        model(probe[:1])
+    handle = model.register_forward_hook(lambda module, inputs, output: calls.append(len(output.logits)))
+    callback = PlasticityCallback(probe, **options)
+    with FlopCounterMode(display=False) as all_of_it:
+        callback.on_train_begin(run_options(tmp_path), TrainerState(), TrainerControl(), model=model)
+    handle.remove()
+    assert calls == passes
+    assert len(calls) == 1 + -(-callback.pairs // callback.batch_size)
+    images = all_of_it.get_total_flops() / one.get_total_flops()
+    assert sum(passes) <= images < sum(passes) + 2
 
 
 def test_the_curve_reaches_tensorboard(base, tmp_path, monkeypatch):
