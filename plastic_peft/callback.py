@@ -39,9 +39,9 @@ class PlasticityCallback(TrainerCallback):
     Cost: one measurement calls the model `1 + ceil(pairs / batch_size)` times without gradients, on every process: once with
     three images, to read its structure, then with the two images of each pair (in a batch of oddly many, one pair comes
     twice). Reading the structure also repeats one attention of each make: in a ViT of six blocks or more, less than two
-    further images' arithmetic. So a probe of 64 images costs as much as the forward passes of under 69 images; every 100 steps of batch size
-    32, that is 2.2 % of the forward passes of training, whose backward passes come on top. The file says how long each
-    measurement took (`seconds`).
+    further images' arithmetic. So a probe of 64 images costs as much as the forward passes of under 69 images; every 100
+    steps of batch size 32, that is 2.2 % of the forward passes of training, whose backward passes come on top. The file says
+    how long each measurement took (`seconds`).
 
     Args:
         probe: The images, as for the target of `measure_plasticity`: a tensor (n, channels, height, width) or a data

@@ -171,6 +171,20 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert "Traceback" not in err
 
 
+def test_the_place_of_a_one_line_error_is_shown_on_request(monkeypatch, capsys):
+    """Whoever reports a bug that is told in one line has to be able to say where it came from."""
+    monkeypatch.setenv("PLASTIC_PEFT_DEBUG", "1")
+    assert main(["select", "--report", "none.json"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_contradictions_are_told_before_anything_is_loaded_or_measured(capsys):
+    """A measurement can take an hour; what cannot be selected by it should be said before, not after it."""
+    call = ["train", "--dataset_name", "digits", "--budget", "0.1", "--top_k", "1", "--output_dir", "/dev/null/run"]
+    assert main(call) == 2
+    assert "budget and top_k say two different things" in capsys.readouterr().err
+
+
 def test_a_config_file_that_is_none_is_refused(tmp_path, capsys):
     """A list or broken YAML must not be taken for flags."""
     for content, message in (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,30 @@ def test_the_readme_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "digits-adapter" / "adapter_config.json").read_text())
     assert sorted(saved["target_modules"]) == sorted(scope["again"].targeted_module_names)
     assert (tmp_path / "plasticity.png").exists()
+
+
+def test_the_training_guide_runs_as_printed(tmp_path, monkeypatch):
+    """Without it the guide could show steps that no longer fit together, or commands that nobody can start."""
+    guide = (ROOT / "docs" / "training.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, flags=re.S):
+        exec(block, scope)
+    trainer, test = scope["trainer"], scope["with_pixels"](scope["data"]["test"], scope["processor"])
+    accuracy = trainer.predict(test).metrics["test_accuracy"]
+    assert accuracy > 0.8
+    assert accuracy_of_saved("run") == pytest.approx(accuracy, abs=1e-4)
+
+    shutil.rmtree("run")
+    small = {"dataset_name": "digits", "output_dir": "shared", "budget": 0.05, "max_steps": 2, "max_train_samples": 64}
+    Path("config.yaml").write_text(json.dumps(small))
+    commands = "\n".join(re.findall(r"```bash\n(.*?)```", guide, flags=re.S)).splitlines()
+    programs = Path(sys.executable).parent
+    for start, more in {"plastic-peft train": "--max_train_samples 64 --max_steps 2", "torchrun": ""}.items():
+        (command,) = (command for command in commands if command.startswith(start))
+        done = subprocess.run(f"{programs}/{command} {more}", shell=True, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(Path(folder, "results.json").read_text())["processes"] for folder in ("run", "shared")] == [1, 2]
 
 
 def test_the_notebook_runs_from_start_to_end(tmp_path):

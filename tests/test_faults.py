@@ -117,6 +117,19 @@ def test_runs_killed_at_random_end_as_if_they_had_not_been(train, whole, tmp_pat
     assert not list(folder.glob(".saving*"))
 
 
+def test_a_killed_run_without_checkpoints_trains_again_by_the_same_report(train, whole, tmp_path):
+    """Without it a run that saves nothing on its way could not be repeated, or would measure and select anew."""
+    folder = tmp_path / "run"
+    ranks = train(folder, "--save_strategy", "no")
+    assert ranks.wait_for((folder / "plasticity_selection.json").exists)
+    ranks.kill(signal.SIGKILL)
+    ranks.codes()
+    again = train(folder, "--save_strategy", "no")
+    assert again.codes() == [0], again.said()
+    assert "Using the report" in again.said() and not list(folder.glob("checkpoint-*"))
+    same_result(folder, whole[1][0])
+
+
 @pytest.mark.parametrize("moment", ["POST .*/preupload/", "PUT /lfs/", "POST .*/commit/"])
 def test_a_run_killed_while_it_pushes_pushes_whole_when_started_again(train, whole, hub, tmp_path, moment):
     """Without it a kill could leave a part of an adapter on the Hub, or the restart could refuse or train again."""
