@@ -33,15 +33,17 @@ def runs() -> pandas.DataFrame:
 
 
 def at_best_rate(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The runs at the learning rate that validated best for the first seed, for each task, method and budget."""
-    first = table[table.seed == 0].sort_values("validation", ascending=False, kind="stable")
-    best = first.drop_duplicates(["task", "method", "budget"])[["task", "method", "budget", "rate"]]
-    return table.merge(best, on=["task", "method", "budget", "rate"])
+    """The runs of each task, method and budget at one learning rate: of those with most seeds, the best by validation."""
+    keys = ["task", "method", "budget", "rate"]
+    rates = table.groupby(keys, sort=False).validation.agg(["size", "max"]).reset_index()
+    best = rates.sort_values(["size", "max"], ascending=False, kind="stable").drop_duplicates(keys[:3])[keys]
+    return table.merge(best, on=keys)
 
 
 def interval(values: Sequence[float]) -> str:
+    """Mean in points, with its 95 % t interval where there are values enough to say something."""
     mean, half = 100 * sum(values) / len(values), half_width(list(values))
-    return f"{mean:+.1f}" if half is None else f"{mean:+.1f} ± {100 * half:.1f}"
+    return f"{mean:+.1f}" if half is None or len(values) < 4 else f"{mean:+.1f} ± {100 * half:.1f}"
 
 
 def paired(table: pandas.DataFrame, method: str, other: str) -> list[float]:
@@ -56,7 +58,7 @@ def task_table(table: pandas.DataFrame, task: str, costs: dict[str, Any]) -> str
     mine = table[table.task == task]
     for method, group in mine.groupby("method", sort=False):
         cost = costs.get(str(method), {})
-        tests, half = group.test.tolist(), half_width(group.test.tolist())
+        tests = group.test.tolist()
         rows.append(
             {
                 "method": f"`{method}`",
@@ -65,13 +67,13 @@ def task_table(table: pandas.DataFrame, task: str, costs: dict[str, Any]) -> str
                 "rate": f"{group.rate.iloc[0]:g}",
                 "seeds": len(group),
                 "validation": f"{100 * group.validation.mean():.1f}",
-                "test": f"{100 * sum(tests) / len(tests):.1f}" + ("" if half is None else f" ± {100 * half:.1f}"),
+                "test": f"{100 * sum(tests) / len(tests):.1f}",
                 "against q+v": interval(paired(mine, str(method), "q+v")) if method != "q+v" else "",
-                "step time": cost.get("step_over_head", ""),
+                "step time": f"{cost['step_over_head']:.2f}" if cost else "",
                 "peak MiB": cost.get("peak_mib", ""),
             }
         )
-    rows.sort(key=lambda row: -float(row["test"].split()[0]))
+    rows.sort(key=lambda row: -float(row["test"]))
     return markdown(rows)
 
 
@@ -95,7 +97,7 @@ def duels(table: pandas.DataFrame) -> str:
 def correlations(table: pandas.DataFrame, task: str, signals: dict[str, dict[str, float]]) -> str:
     """Spearman correlation of each signal with the gain of training one role over all depths."""
     mine = table[table.task == task].groupby("method").test.mean()
-    if "head" not in mine:
+    if "head" not in mine or not any(m.startswith("only:") for m in mine.index):
         return ""
     gains = {m.partition(":")[2]: mine[m] - mine["head"] for m in mine.index if m.startswith("only:")}
     order = sorted(gains, key=lambda role: -gains[role])
@@ -110,35 +112,44 @@ def correlations(table: pandas.DataFrame, task: str, signals: dict[str, dict[str
 
 
 def picture(table: pandas.DataFrame, costs: dict[str, Any], path: Path) -> None:
-    """Test accuracy against step time for each task, the front drawn through what nothing beats in both."""
+    """Test accuracy against step time for each task; the line joins what no other method beats in both."""
     tasks = [task for task in table.task.unique() if task in costs]
-    figure = Figure(figsize=(6.2 * len(tasks), 5.4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        means = table[table.task == task].groupby("method").test.mean() * 100
-        points = [(costs[task][m]["step_over_head"], means[m], m) for m in means.index if m in costs[task]]
+    figure = Figure(figsize=(8.2, 5 * len(tasks)), layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
+        groups = table[table.task == task].groupby("method").test
+        means = (100 * groups.mean()).sort_values(ascending=False)
+        shown = [m for m in means.index if m in costs[task] and m != "head" and not m.startswith("only:")]
+        points = {m: (costs[task][m]["step_over_head"], means[m]) for m in shown}
         front, best = [], 0.0
-        for time, accuracy, _ in sorted(points):
+        for time, accuracy in sorted(points.values()):
             if accuracy > best:
                 front, best = [*front, (time, accuracy)], accuracy
-        axes.plot(*zip(*front, strict=True), color="#9db4c0", linewidth=6, alpha=0.4, zorder=0)
-        for time, accuracy, method in points:
-            measured = method.startswith(MEASURED)
-            axes.plot(time, accuracy, "o", color="#c1121f" if measured else "#5c677d", markersize=4)
-            axes.annotate(
-                short(method), (time, accuracy), xytext=(4, 2), textcoords="offset points", fontsize=6.5,
-                color="#c1121f" if measured else "#333333",
-            )  # fmt: skip
-        lowest = min(a for _, a, m in points if m != "head")
+        axes.plot(*zip(*front, strict=True), color="#9db4c0", linewidth=5, alpha=0.5, zorder=0)
+        for number, (method, (time, accuracy)) in enumerate(points.items(), start=1):
+            color = "#c1121f" if method.startswith(MEASURED) else "#33415c"
+            several = groups.size()[method] >= 3
+            axes.plot(time, accuracy, "o", color=color, markerfacecolor=color if several else "white", markersize=5)
+            axes.annotate(str(number), (time, accuracy), xytext=(3, 3), textcoords="offset points", fontsize=7)
+            label = f"{number}  {short(method)}  {accuracy:.1f}"
+            height = 1 - number / (len(points) + 1)
+            axes.text(1.02, height, label, transform=axes.transAxes, fontsize=7.5, color=color, va="center")
         axes.set(xlabel="time of a training step over that of the head alone", ylabel="test accuracy (%)", title=task)
-        axes.set_ylim(bottom=lowest - 1)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def short(method: str) -> str:
-    names = {"select:": "", "signal=": "", "granularity=": "", "rank_allocation=": "", "within=role": "in roles"}
-    for long, brief in {**names, "order=lowest": "LOWEST", ",": " ", "r=2 proportional": "all, proportional"}.items():
+    names = {
+        "select:": "",
+        "signal=": "highest ",
+        "granularity=": "",
+        "rank_allocation=": "",
+        "within=role": "in roles",
+    }
+    if method.endswith(",order=lowest"):
+        names["signal="] = "lowest "
+    for long, brief in {**names, ",order=lowest": "", ",": " ", "r=2 ": ""}.items():
         method = method.replace(long, brief)
     return method
 

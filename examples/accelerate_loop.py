@@ -31,7 +31,7 @@ def main(output: str = "runs/digits-loop", epochs: int = 2) -> float:
     # when the optimizer is made
     source = with_pixels(vit_nano_source_images(), processor)
     report = measure_plasticity(model, splits["train"], source, accelerator=accelerator)
-    model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=0.03, r=8, lora_alpha=16))
+    model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=0.03, lora_alpha=16))
 
     shard_by_block(model, accelerator)  # does nothing unless the launch is configured for FSDP
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)

@@ -17,7 +17,7 @@ data = {split: with_pixels(images, processor) for split, images in data.items()}
 model = load_vit_nano(num_labels=10)
 
 report = measure_plasticity(model, data["train"], with_pixels(vit_nano_source_images(), processor))
-model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=0.03, r=8, lora_alpha=16))
+model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=0.03, lora_alpha=16))
 model.print_trainable_parameters()
 
 arguments = TrainingArguments(
