@@ -110,7 +110,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Structure:
     """Run `model` once and read its structure; see `find_components` for arguments and errors."""
     core = unwrap(model)
     tracer = _Tracer(core)
-    with quiet(core):
+    with quiet(core), _tokenwise(core):
         output = tracer.run(entry(model), _three_images(core, example_inputs))
     return _assemble(core, tracer, output)
 
@@ -159,6 +159,24 @@ def quiet(model: nn.Module) -> Iterator[None]:
         finally:
             for module, flag in training.items():
                 module.training = flag
+
+
+@contextlib.contextmanager
+def _tokenwise(model: nn.Module) -> Iterator[None]:
+    """Have 8-bit linears of bitsandbytes treat each token by itself.
+
+    They compute a feature with an outlier in half precision for every token, so that one token would reach all others.
+    """
+    held: Iterator[Any] = (getattr(module, "state", None) for module in model.modules())
+    states = [state for state in held if hasattr(state, "threshold")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
 
 
 def public_name(name: str) -> str:
@@ -401,7 +419,7 @@ class _Tracer:
         leaf = Leaf(
             name=name,
             kind=self.kinds[name],
-            parameters=sum(_count(p) for p in parameters),
+            parameters=sum(parameter_count(p) for p in parameters),
             shape=_weight_shape("linear" if linear else "other", weight, x, y),
             linear=linear,
             norm=norm,
@@ -534,7 +552,12 @@ def base_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def _count(parameter: torch.Tensor) -> int:
+def parameter_count(parameter: torch.Tensor) -> int:
+    """How many numbers a parameter stands for, whatever packing or sharding does."""
+    # bitsandbytes packs two numbers of four bits into one and keeps the shape beside them
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
     # ZeRO-3 leaves empty parameters behind and keeps the whole size beside them
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
@@ -706,7 +729,7 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
         dims=tracer.dims,
         fingerprint=digest.hexdigest()[:16],
         labels=labels,
-        parameters=sum(_count(p) for _, module, _ in named_leaves(model) for p in _direct_parameters(module)),
+        parameters=sum(parameter_count(p) for _, module, _ in named_leaves(model) for p in _direct_parameters(module)),
     )
 
 

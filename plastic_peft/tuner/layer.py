@@ -152,12 +152,9 @@ def trainable_names(module: nn.Module) -> tuple[str, ...]:
     """
     kind = type(module).__name__
     parameters = dict(module.named_parameters())
-    # a counter such as BatchNorm's is a number; whole arrays of integers are packed weights
-    packed = [tensor.dtype for tensor in module.buffers() if tensor.ndim > 1 and not tensor.is_floating_point()]
-    packed += [p.dtype for p in parameters.values() if not p.is_floating_point() or p.dtype.itemsize < 2]
-    if packed:
+    if packed := packed_dtype(module):
         raise TypeError(
-            f'adapter="full" trains the weights themselves, and those of {kind} are quantised ({packed[0]}): use '
+            f'adapter="full" trains the weights themselves, and those of {kind} are quantised ({packed}): use '
             'adapter="lora" on quantised models.'
         )
     if any(isinstance(part, nn.RNNBase) for part in module.modules()):
@@ -167,6 +164,14 @@ def trainable_names(module: nn.Module) -> tuple[str, ...]:
     if not parameters:
         raise TypeError(f'adapter="full" has nothing to train in {kind}: it holds no parameters.')
     return tuple(parameters)
+
+
+def packed_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of quantised weights in the module, `None` if it has none."""
+    # a counter such as BatchNorm's is a number; whole arrays of integers are packed weights
+    packed = [tensor.dtype for tensor in module.buffers() if tensor.ndim > 1 and not tensor.is_floating_point()]
+    packed += [p.dtype for p in module.parameters() if not p.is_floating_point() or p.dtype.itemsize < 2]
+    return packed[0] if packed else None
 
 
 def _key(name: str) -> str:

@@ -16,14 +16,23 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..components import BLOCK_ROLES, Structure, base_weight, named_leaves, own_parameters, public_name, trace
+from ..components import (
+    BLOCK_ROLES,
+    Structure,
+    base_weight,
+    named_leaves,
+    own_parameters,
+    parameter_count,
+    public_name,
+    trace,
+)
 from ..embedded import portable_name
 from ..measure import measure_on_synthetic_images
 from ..names import checkpoint_names, compact, elsewhere, renamed_keys, renamings
 from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
 from ..selection import Candidate, Selection, select
 from .config import PlasticityConfig
-from .layer import FullLayer, trainable_names
+from .layer import FullLayer, packed_dtype, trainable_names
 
 
 logger = logging.getLogger(__name__)
@@ -243,7 +252,8 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     """Fill `target_modules`, `selected_modules`, ranks and `modules_to_save` of `config` in, measuring only if needed.
 
     Raises:
-        ValueError: If the report describes another architecture, names are not in the model, or nothing is selected.
+        ValueError: If the report describes another architecture, names are not in the model, nothing is selected, or what
+            is to be saved whole is quantised.
     """
     modules = {name: module for name, module, _ in named_leaves(model)}
     structure: Structure | None = None
@@ -271,6 +281,12 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         config.modules_to_save = [name for name in head if name not in chosen] or None
         if config.modules_to_save:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(config.modules_to_save))
+    for name, module in modules.items():
+        if name.endswith(tuple(config.modules_to_save or ())) and (packed := packed_dtype(module)):
+            raise ValueError(
+                f"modules_to_save trains whole weights, and those of {name} are quantised ({packed}): load the model with this "
+                f"module left as it is, for bitsandbytes with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
+            )
 
 
 def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
@@ -344,7 +360,7 @@ def _apply(config: PlasticityConfig, selection: Selection) -> None:
 def _base_parameters(model: nn.Module) -> int:
     """Parameters of the model itself, without the adapters that it may already carry."""
     return sum(
-        parameter.numel()
+        parameter_count(parameter)
         for name, parameter in model.named_parameters()
         if f".{PlasticityModel.prefix}" not in name and ".modules_to_save." not in name
     )
@@ -391,7 +407,7 @@ def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
         score=score,
         component_score=score,
         cost_per_rank=lora_cost_per_rank(type(layer).__name__, shape) if able else 0,
-        parameters=sum(p.numel() for p in own_parameters(module)),
+        parameters=sum(map(parameter_count, own_parameters(module))),
     )
 
 
