@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, get_cosine_schedule_with_warmup
 
 from plastic_peft import PlasticityReport, load_vit_nano, measure_plasticity, vit_nano_source_images
-from plastic_peft.data import accept_image_size, as_rgb, load_images
+from plastic_peft.data import as_rgb, load_images
+from plastic_peft.images import accept_image_size
 
 
 VALIDATION = 500

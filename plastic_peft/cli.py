@@ -258,8 +258,9 @@ def _predictions(what: Prediction) -> list[dict[str, Any]]:
     import torch
 
     from .data import collate, load_unlabelled, with_pixels
+    from .hub import AutoPlasticModelForImageClassification
 
-    model = _load_adapter(what.adapter, what.base_model)
+    model: Any = AutoPlasticModelForImageClassification.from_pretrained(what.adapter, base_model=what.base_model)
     images = load_unlabelled(what.images)
     device = what.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -279,11 +280,12 @@ def _predictions(what: Prediction) -> list[dict[str, Any]]:
 
 def export(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     from .export import export_lora, export_merged
+    from .hub import AutoPlasticModelForImageClassification
 
     (what,) = _parse(parser, argv, Export)
     _require(what, "adapter", "output_dir")
     _check_writable("--output_dir", Path(what.output_dir))
-    model = _load_adapter(what.adapter, what.base_model)
+    model = AutoPlasticModelForImageClassification.from_pretrained(what.adapter, base_model=what.base_model)
     path = (export_lora if what.format == "lora" else export_merged)(model, what.output_dir)
     return _json({"path": str(path), "format": what.format}) if what.json else f"Written to {path}"
 
@@ -381,16 +383,6 @@ def _adapter_file(adapter: str, name: str) -> Path | None:
         return None
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"{adapter} cannot be had from the Hub: {str(error).splitlines()[0]}") from None
-
-
-def _load_adapter(adapter: str, base_model: str | None) -> Any:
-    from .data import accept_image_size, output_size
-    from .hub import AutoPlasticModelForImageClassification
-
-    model: Any = AutoPlasticModelForImageClassification.from_pretrained(adapter, base_model=base_model)
-    with contextlib.suppress(ValueError):
-        accept_image_size(model.get_base_model(), output_size(model.image_processor)[0])
-    return model
 
 
 def _require(arguments: Any, *names: str) -> None:

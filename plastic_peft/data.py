@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import nn
+
+from .images import output_size
 
 
 logger = logging.getLogger(__name__)
@@ -534,21 +535,6 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def output_size(processor: Any) -> tuple[int, int]:
-    """(width, height) of the images that an image processor puts out.
-
-    Raises:
-        ValueError: If it does not say.
-    """
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    size = crop or getattr(processor, "size", None) or {}
-    if "height" in size:
-        return size["width"], size["height"]
-    if "shortest_edge" in size:
-        return size["shortest_edge"], size["shortest_edge"]
-    raise ValueError(f"{type(processor).__name__} states no output size: use augment='flip' or 'none'.")
-
-
 def resize_to(processor: Any, size: int) -> None:
     """Make an image processor put out images of `size` x `size` pixels."""
     current = processor.size
@@ -557,28 +543,3 @@ def resize_to(processor: Any, size: int) -> None:
     )
     if getattr(processor, "crop_size", None):
         processor.crop_size = {"height": size, "width": size}
-
-
-def accept_image_size(model: nn.Module, size: int) -> None:
-    """Let a model take square images of another size than it was pretrained on, by interpolating its position embeddings.
-
-    The weights stay as they are: a hook asks for the interpolation in every forward pass, so an adapter trained this way
-    belongs to the unchanged base model.
-
-    Raises:
-        ValueError: If the model cannot interpolate.
-    """
-    import inspect
-
-    if size == getattr(getattr(model, "config", None), "image_size", None):
-        return
-    if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} takes images of {getattr(cast(Any, model).config, 'image_size', '?')} pixels and cannot "
-            f"interpolate its position embeddings to {size}: leave --image_size out."
-        )
-    model.register_forward_pre_hook(_ask_for_interpolation, with_kwargs=True)
-
-
-def _ask_for_interpolation(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "interpolate_pos_encoding": True}

@@ -30,6 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .card import model_card
 from .components import BLOCK_ROLES, named_leaves
 from .embedded import VIT_NANO, call_by_name, located
+from .images import accept_image_size, output_size
 from .names import renamed_keys
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
@@ -119,6 +120,9 @@ class AutoPlasticModelForImageClassification:
         if not is_trainable:
             model.eval()
         model.image_processor = _image_processor(folder, source, hub)  # type: ignore[assignment]
+        # an adapter that was trained at another image size says so by its processor
+        with suppress(ValueError):
+            accept_image_size(base, output_size(model.image_processor)[0])
         return model
 
 

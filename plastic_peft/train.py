@@ -41,7 +41,6 @@ from .card import model_card
 from .components import unwrap
 from .data import (
     DIGITS,
-    accept_image_size,
     class_counts,
     collate,
     load_images,
@@ -52,6 +51,7 @@ from .data import (
 )
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
 from .faults import explained
+from .images import accept_image_size
 from .measure import measure_plasticity
 from .metrics import load_metric
 from .report import REPORT_NAME, PlasticityReport, write_whole

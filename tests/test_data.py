@@ -14,7 +14,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from plastic_peft.data import (
     ImageTransform,
-    accept_image_size,
     as_rgb,
     class_counts,
     collate,
@@ -25,6 +24,7 @@ from plastic_peft.data import (
     transform_of,
     with_pixels,
 )
+from plastic_peft.images import accept_image_size
 from plastic_peft.metrics import load_metric
 
 

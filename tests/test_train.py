@@ -21,7 +21,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerControl, TrainerState, ViTImageProcessor
+from transformers import TrainerControl, TrainerState, ViTImageProcessor, pipeline
 
 from plastic_peft import load_vit_nano
 from plastic_peft.callback import CURVE_NAME, PlasticityCallback, gradient_norms
@@ -384,6 +384,22 @@ def test_a_plain_trainer_on_these_parts_evaluates(base, tmp_path):
     trainer.train()
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
     assert trainer.eval_dataset[0]["pixel_values"].shape == (3, 64, 64)
+
+
+def test_an_adapter_trained_at_another_image_size_takes_that_size_wherever_it_is_loaded(base, tmp_path):
+    """Whoever loads it gets its image processor as well; a model that refuses what that puts out would be of no use."""
+    from plastic_peft import AutoPlasticModelForImageClassification
+
+    data, plasticity = DataArguments("digits", max_train_samples=32, max_eval_samples=16), asked(base)[2]
+    result = train(ModelArguments(base, image_size=48), data, plasticity, run_options(tmp_path, max_steps=1))
+    model = AutoPlasticModelForImageClassification.from_pretrained(tmp_path)
+    classify = pipeline("image-classification", model=model, image_processor=model.image_processor, device="cpu")
+    images = data.load()["test"]
+    right = [
+        answer[0]["label"] == str(label)
+        for answer, label in zip(classify(list(images["image"])), images["label"], strict=True)
+    ]
+    assert sum(right) / len(right) == pytest.approx(result.metrics["test_accuracy"])
 
 
 def test_a_comparison_spends_equal_parameters_and_resumes(base, tmp_path):
