@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 
@@ -71,7 +72,9 @@ def test_digits_need_nothing_and_are_cut_by_class():
     ]
 
 
-@pytest.mark.parametrize("kind", ["folder", "split folder", "parquet", "csv", "save_to_disk", "jsonl"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "split folder", "parquet", "arrow", "save_to_disk", "csv", "tsv", "json", "jsonl"]
+)
 def test_every_kind_of_source_gives_the_same_columns(kind, tmp_path):
     """Users keep images in all of these forms; each must arrive as image and label with readable class names."""
     if kind == "folder":
@@ -83,17 +86,23 @@ def test_every_kind_of_source_gives_the_same_columns(kind, tmp_path):
     elif kind == "parquet":
         source = tmp_path / "images.parquet"
         image_set().rename_columns({"image": "img", "label": "labels"}).to_parquet(source)
-    elif kind == "save_to_disk":
+    elif kind in ("save_to_disk", "arrow"):
         source = tmp_path / "saved"
         image_set().save_to_disk(source)
+        if kind == "arrow":
+            (source,) = source.glob("*.arrow")
     else:
         folder = image_folder(tmp_path / "images", {"cat": 10, "dog": 10})
         rows = [(f"{name}/{i}.png", name) for name in ("cat", "dog") for i in range(10)]
-        source = folder / ("list.csv" if kind == "csv" else "list.jsonl")
-        if kind == "csv":
-            source.write_text("path,class\n" + "".join(f"{path},{name}\n" for path, name in rows))
+        source = folder / f"list.{kind}"
+        records = [{"path": path, "class": name} for path, name in rows]
+        if kind == "json":
+            source.write_text(json.dumps(records))
+        elif kind == "jsonl":
+            source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
         else:
-            source.write_text("".join(f'{{"path": "{path}", "class": "{name}"}}\n' for path, name in rows))
+            separator = "," if kind == "csv" else "\t"
+            source.write_text("".join(f"{a}{separator}{b}\n" for a, b in [("path", "class"), *rows]))
     data = load_images(source)
     assert set(data) == {"train", "validation", "test"}
     for split in data.values():
