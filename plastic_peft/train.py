@@ -8,6 +8,7 @@ the last whole checkpoint with the same selection and does not measure again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import peft
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
@@ -200,7 +202,9 @@ class PlasticityArguments:
     within: Literal["model", "role"] = field(
         default="model", metadata={"help": "Rank all units together, or the best of every role first."}
     )
-    signal: str = field(default="plasticity", metadata={"help": "What to rank by: 'plasticity' or 'shift'."})
+    signal: Optional[str] = field(
+        default=None, metadata={"help": "What to rank by: 'plasticity' or 'shift' (the default with source images)."}
+    )
     order: Literal["highest", "lowest", "random"] = field(
         default="highest", metadata={"help": "Which units come first; 'lowest' and 'random' are controls."}
     )
@@ -484,7 +488,8 @@ def train(
     Raises:
         ValueError: If the output folder holds a run with other arguments, several processes run without knowing of each
             other, or as the steps do.
-        OSError: If the output folder cannot be written, or its disk is full (`faults.DiskFullError`).
+        OSError: If the output folder cannot be written, its disk is full (`faults.DiskFullError`), or the Hub refuses a
+            run that is to be pushed.
         faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
     main = training_args.process_index == 0
@@ -515,13 +520,21 @@ def _train(
         torch.distributed.distributed_c10d._set_pg_timeout(training_args.ddp_timeout_delta)
     main = training_args.process_index == 0
     asked = _asked(model_args, data_args, plasticity_args)
+    # the adapter is pushed once, when it is whole, and not by the trainer at every checkpoint
+    training_args = copy.copy(training_args)
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    repository = training_args.hub_model_id or folder.resolve().name
+    rights: dict[str, Any] = {
+        "private": training_args.hub_private_repo,
+        "token": training_args.hub_token or model_args.token,
+    }
     with training_args.main_process_first(local=False, desc="preparing the run"):
         if main:
             _open_run(folder, asked, start_over)
+        if main and push:
+            _make_repository(repository, **rights)
         data = data_args.load(**({"token": model_args.token} if model_args.token else {}))
     resumed = last_whole_checkpoint(folder)
-    # the adapter is pushed once, when it is whole, and not by the trainer at every checkpoint
-    push, training_args.push_to_hub = training_args.push_to_hub, False
 
     set_seed(training_args.seed)
     labels = data["train"].features["label"].names
@@ -576,15 +589,13 @@ def _train(
         write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
     weights = _gathered_weights(trainer) if push else None
     if push and main:
-        repository = training_args.hub_model_id or folder.resolve().name
         commit = hub.push(
             trainer.accelerator.unwrap_model(trainer.model),
             repository,
             image_processor=processor,
             card=card(repo_id=repository),
             state_dict=weights,
-            private=training_args.hub_private_repo,
-            token=training_args.hub_token or model_args.token,
+            **rights,
         )
         logger.info("Pushed the adapter to %s.", commit.repo_url)
     return TrainResult(metrics, selection, report, trainable, parameters, trainer)
@@ -628,6 +639,18 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
     return OSError(f"The output folder {folder} cannot be written ({error}): choose another with --output_dir.")
 
 
+def _make_repository(name: str, *, private: bool | None, token: str | None) -> None:
+    """Make the repository of a run that will be pushed: a missing right shows before the work, and not after it."""
+    try:
+        HfApi(token=token).create_repo(name, private=private, exist_ok=True)
+    # the client lets the errors of its HTTP library pass
+    except Exception as error:
+        raise ConnectionError(
+            f"The adapter could not be pushed to {name} after training ({str(error).splitlines()[-1]}): log in with `hf auth login`, "
+            "correct --hub_token or --hub_model_id, or leave --push_to_hub out."
+        ) from error
+
+
 def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
     """Note what was asked for, or check that it is what the folder's earlier run was asked for."""
     if start_over and folder.is_dir():
@@ -638,8 +661,9 @@ def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
     note = folder / RUN_NAME
     if note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
+        # a release that wrote the note may not have had all arguments
         changed = [
-            f"{key} {before.get(key)!r} -> {value!r}" for key, value in asked.items() if before.get(key) != value
+            f"{key} {before[key]!r} -> {asked[key]!r}" for key in asked if before.get(key, asked[key]) != asked[key]
         ]
         if changed:
             raise ValueError(

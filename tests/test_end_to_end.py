@@ -87,7 +87,7 @@ def test_from_measurement_to_predictions_with_plain_peft(tmp_path):
         for process in killed:
             process.kill()
         psutil.wait_procs(killed)
-        assert len(killed) == 3 and not hub.repositories
+        assert len(killed) == 3 and not hub.repositories["ada/digits"].files
         results = json.loads(run(*train, **online))
         assert results["processes"] == 2 and results["steps"] == 45
         assert set(results["selection"]) == set(selection["modules"])

@@ -160,6 +160,15 @@ def test_a_run_killed_while_it_pushes_pushes_whole_when_started_again(train, who
     assert {"README.md", "adapter_config.json", "plasticity_report.json", "preprocessor_config.json"} <= set(files)
 
 
+def test_a_push_that_will_be_refused_is_refused_before_the_work(train, tmp_path):
+    """Without it a wrong token would show after hours of training."""
+    for number, flags in enumerate((["--hub_token", "stolen"], ["--hub_model_id", "someone/digits"])):
+        ranks = train(tmp_path / f"run{number}", "--push_to_hub", *flags)
+        assert ranks.codes() == [2], ranks.said()
+        last = ranks.said().strip().splitlines()[-1]
+        assert "could not be pushed" in last and "--hub_token" in last and "Measur" not in ranks.said()
+
+
 @pytest.mark.parametrize("stage, lost", [("measure", 1), ("train", 0), ("save", 1)])
 def test_a_lost_process_ends_the_other_with_a_message_and_the_run_resumes(train, whole, tmp_path, stage, lost):
     """Without it the survivor would wait for the dead one, and nobody would know why nor what to do."""

@@ -164,6 +164,11 @@ def test_another_run_in_the_folder_is_neither_resumed_nor_overwritten(base, tmp_
     train(*asked(base), run_options(tmp_path, max_steps=2))
     with pytest.raises(ValueError, match="holds a run with other arguments.*budget '0.1' -> '0.2'.*--start_over"):
         train(*asked(base, budget="0.2"), run_options(tmp_path, max_steps=2))
+    # what an earlier release did not know of is no other argument
+    note = json.loads((tmp_path / "plasticity_run.json").read_text())
+    del note["within"]
+    (tmp_path / "plasticity_run.json").write_text(json.dumps(note))
+    assert train(*asked(base), run_options(tmp_path, max_steps=2)).trainable > 0
     result = train(*asked(base, budget="0.2"), run_options(tmp_path, max_steps=2), start_over=True)
     assert result.trainable > 0
     assert json.loads((tmp_path / "plasticity_run.json").read_text())["budget"] == "0.2"
