@@ -441,7 +441,8 @@ def _gathered_weights(trainer: Trainer) -> dict[str, Any] | None:
     """On the main process all weights, where each process holds a part of them; all processes have to call it."""
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
-    return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+    weights: dict[str, Any] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
