@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -152,7 +152,10 @@ def quiet(model: nn.Module) -> Iterator[None]:
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    # on some processors, 4-bit linears of bitsandbytes pack their weights for inference alone, from the first call on
+    unpacked = _held_at(False, "support_avx512bf16_for_cpu", model.modules())
+    forked = torch.random.fork_rng(devices=devices)
+    with forked, unpacked, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             model.eval()
             yield
@@ -161,22 +164,25 @@ def quiet(model: nn.Module) -> Iterator[None]:
                 module.training = flag
 
 
-@contextlib.contextmanager
-def _tokenwise(model: nn.Module) -> Iterator[None]:
+def _tokenwise(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Have 8-bit linears of bitsandbytes treat each token by itself.
 
     They compute a feature with an outlier in half precision for every token, so that one token would reach all others.
     """
-    held: Iterator[Any] = (getattr(module, "state", None) for module in model.modules())
-    states = [state for state in held if hasattr(state, "threshold")]
-    thresholds = [state.threshold for state in states]
+    return _held_at(0.0, "threshold", [getattr(module, "state", None) for module in model.modules()])
+
+
+@contextlib.contextmanager
+def _held_at(value: Any, name: str, objects: Iterable[Any]) -> Iterator[None]:
+    """Set an attribute of those of the objects that have it, and put it back."""
+    held = [(owner, getattr(owner, name)) for owner in objects if hasattr(owner, name)]
     try:
-        for state in states:
-            state.threshold = 0.0
+        for owner, _ in held:
+            setattr(owner, name, value)
         yield
     finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        for owner, former in held:
+            setattr(owner, name, former)
 
 
 def public_name(name: str) -> str:
@@ -554,12 +560,14 @@ def base_weight(module: nn.Module) -> torch.Tensor | None:
 
 def parameter_count(parameter: torch.Tensor) -> int:
     """How many numbers a parameter stands for, whatever packing or sharding does."""
+    # ZeRO-3 leaves empty parameters behind and keeps the whole size beside them
+    return int(getattr(parameter, "ds_numel", whole_shape(parameter).numel()))
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
     # bitsandbytes packs two numbers of four bits into one and keeps the shape beside them
     packed = getattr(parameter, "quant_state", None)
-    if packed is not None:
-        return int(packed.shape.numel())
-    # ZeRO-3 leaves empty parameters behind and keeps the whole size beside them
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return torch.Size(parameter.shape if packed is None else packed.shape)
 
 
 def _weight_shape(leaf: str, weight: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...] | None:

@@ -1,8 +1,11 @@
 """Small vision transformers of many families, from transformers' configs and written by hand."""
 
+import pytest
 import torch
 import transformers as T
 from torch import nn
+
+from plastic_peft import load_vit_nano
 
 
 SMALL = dict(
@@ -80,6 +83,13 @@ FAMILIES = {
 def transformers_model(family: str) -> nn.Module:
     torch.manual_seed(0)
     return FAMILIES[family]().eval()
+
+
+def quantised_vit_nano(bits: int, skipped: tuple[str, ...] = ("classifier",)) -> nn.Module:
+    """vit_nano in 8 or 4 bits, but for the modules `skipped`."""
+    pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes")
+    how = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return load_vit_nano(quantization_config=T.BitsAndBytesConfig(**how, llm_int8_skip_modules=list(skipped)))
 
 
 # what transformers 5 calls parts of a ViT, and what transformers 4 called them

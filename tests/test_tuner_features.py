@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from feature_table import PAGE, feature, page
-from models import transformers_model, vit_name
+from models import quantised_vit_nano, transformers_model, vit_name
 from peft import (
     PeftMixedModel,
     PeftModel,
@@ -17,8 +17,11 @@ from peft import (
     get_peft_model_state_dict,
     initialize_lora_eva_weights,
     inject_adapter_in_model,
+    prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.hotswap import hotswap_adapter
@@ -190,6 +193,20 @@ def test_merge_and_unload(base, pixels, adapter):
         broken.merge_and_unload(safe_merge=True)
 
 
+@feature("Merging some of the adapters (`merge_adapter(adapter_names=...)`)")
+def test_merge_by_name(base, pixels, adapter):
+    """Merging one adapter would merge the others as well, or unmerging would leave one of them behind."""
+    model = get_peft_model(base, chosen(adapter, FC1, **HEADLESS), adapter_name="one").eval()
+    model.add_adapter("two", chosen(adapter, FC1, FC2, **HEADLESS))
+    two = copy.deepcopy(model)
+    two.set_adapter("two")
+    model.merge_adapter(adapter_names=["two"])
+    assert torch.allclose(logits(model, pixels), logits(two, pixels), atol=1e-5)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload(adapter_names=["two"])
+    assert torch.allclose(logits(merged, pixels), logits(two, pixels), atol=1e-5)
+
+
 @feature("`unload`")
 def test_unload(base, pixels, adapter):
     """Taking the adapter off would not give the base model back."""
@@ -249,6 +266,49 @@ def test_inject_adapter(base, pixels, adapter):
     assert torch.equal(logits(other, pixels), logits(model, pixels))
 
 
+@feature("`set_requires_grad`, `set_adapter(inference_mode=True)`")
+def test_gradient_flags(base, adapter):
+    """Adapters could not be frozen and thawed by name."""
+    model = get_peft_model(base, chosen(adapter, FC1), adapter_name="one")
+    model.add_adapter("two", chosen(adapter, FC2))
+
+    def trained():
+        names = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return {part for name in names for part in name if part in ("one", "two")}
+
+    assert trained() == {"one"}
+    model.set_requires_grad("two")
+    assert trained() == {"one", "two"}
+    model.set_requires_grad(["one", "two"], requires_grad=False)
+    assert trained() == set()
+    model.set_adapter("two")
+    assert trained() == {"two"}
+    model.set_adapter("one", inference_mode=True)
+    assert trained() == set()
+
+
+@feature("`rescale_adapter_scale`", full="scaling is only supported for models with `LoraLayer`s")
+def test_rescale(base, pixels, adapter):
+    """The strength of an adapter could not be turned down for a call."""
+    model = get_peft_model(base, chosen(adapter)).eval()
+    with model.disable_adapter():
+        before = logits(model, pixels)
+    adapted = logits(model, pixels)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.allclose(logits(model, pixels), before, atol=1e-6)
+    assert torch.equal(logits(model, pixels), adapted)
+
+
+@feature("`copy.deepcopy`, `torch.save` of the whole model")
+def test_whole_model_is_copied_and_saved(base, pixels, adapter, tmp_path):
+    """Averages of weights and plain checkpoints, which copy or pickle the model, would fail."""
+    model = get_peft_model(base, chosen(adapter)).eval()
+    torch.save(model, tmp_path / "model.pt")
+    for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(logits(again, pixels), logits(model, pixels))
+        assert again.peft_config["default"].to_dict() == model.peft_config["default"].to_dict()
+
+
 # --- saving and loading ------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +326,21 @@ def test_save_and_load(base, pixels, adapter, tmp_path):
     loaded.load_adapter(tmp_path, "again")
     loaded.set_adapter("again")
     assert torch.equal(logits(loaded, pixels), logits(model, pixels))
+
+
+@feature("Training on from a saved adapter (`is_trainable=True`)")
+def test_train_on(base, pixels, adapter, tmp_path):
+    """A loaded adapter would stay frozen, or train other parameters than before."""
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, chosen(adapter))
+    model.save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, is_trainable=True)
+    names = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)]
+    assert names[0] == names[1]
+    loaded(pixel_values=pixels).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters() if parameter.requires_grad)
 
 
 @feature("More than twenty target modules, kept exactly")
@@ -443,6 +518,25 @@ def test_pissa(base, pixels, adapter, tmp_path):
     assert torch.allclose(logits(loaded, pixels), trained, atol=1e-4)
 
 
+@feature('`init_lora_weights="gaussian"`, `"orthogonal"`, `"olora"`', full="init_lora_weights='gaussian' applies to")
+def test_other_starts(base, pixels, adapter):
+    """LoRA's other ways to start would be refused, or not start as the base model."""
+    before = logits(base, pixels)
+    for start in ("gaussian", "orthogonal", "olora"):
+        model = get_peft_model(copy.deepcopy(base), chosen(adapter, init_lora_weights=start, r=4)).eval()
+        assert torch.allclose(logits(model, pixels), before, atol=1e-4)
+
+
+@feature('`bias="all"`, `"lora_only"`', full="bias='all' applies to adapter=\"lora\"")
+def test_biases(base, adapter):
+    """Biases that are trained would be lost on saving; full adapters, which train their own, would leave some without use."""
+    for bias, count in (("all", sum(name.endswith("bias") for name, _ in base.named_parameters())), ("lora_only", 2)):
+        model = get_peft_model(copy.deepcopy(base), chosen(adapter, bias=bias, **HEADLESS))
+        biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+        assert len(biases) == count
+        assert sum(name.endswith("bias") for name in get_peft_model_state_dict(model)) == count
+
+
 @feature('EVA (`init_lora_weights="eva"`)', full="init_lora_weights='eva' applies to")
 def test_eva(base, pixels, adapter):
     """EVA's data-driven start would be refused, or leave LoRA's matrices random."""
@@ -590,24 +684,40 @@ def test_quantised_layer(adapter):
 
 
 @feature("8-bit models of bitsandbytes", full="are quantised (torch.int8)")
-def test_bitsandbytes(base, pixels, adapter):
-    """Quantised models could not be measured and adapted, or a full adapter would train integers."""
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes, an optional package")
-    for name in (FC1, FC2):
-        linear, (parent, _, child) = base.get_submodule(name), name.rpartition(".")
-        quantised = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-        quantised.load_state_dict(linear.state_dict())
-        setattr(base.get_submodule(parent), child, quantised)
-    base.to("cpu").is_loaded_in_8bit = True  # what transformers says of a model that it loads in 8 bits
-    assert base.get_submodule(FC1).weight.dtype == torch.int8
-    report = measure_plasticity(base, torch.randn(4, 3, 32, 32), max_pairs=4, progress=False)
-    assert FC1 in {row.name for row in report.rows}
-    before = logits(base, pixels)
-    model = get_peft_model(base, chosen(adapter)).eval()
-    model(pixel_values=pixels).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    assert type(model.get_submodule(f"base_model.model.{FC1}")).__module__ == "peft.tuners.lora.bnb"
-    assert not torch.allclose(logits(model, pixels), before)
+def test_8_bit(pixels, adapter, tmp_path):
+    """8-bit models could not be adapted, or a full adapter would train integers."""
+    assert_quantised_model_trains(8, adapter, pixels, tmp_path)
+
+
+@feature("4-bit models of bitsandbytes (QLoRA)", full="are quantised (torch.uint8)")
+def test_4_bit(pixels, adapter, tmp_path):
+    """4-bit models could not be adapted, or a full adapter would train packed integers."""
+    assert_quantised_model_trains(4, adapter, pixels, tmp_path)
+
+
+def assert_quantised_model_trains(bits, adapter, pixels, folder):
+    base = prepare_model_for_kbit_training(quantised_vit_nano(bits), use_gradient_checkpointing=False)
+    # what measures must not leave weights that only inference can use
+    measure_plasticity(base, torch.randn(4, 3, 32, 32), max_pairs=4, progress=False)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, chosen(adapter)).train()
+    layer = model.get_submodule(f"base_model.model.{FC1}")
+    assert isinstance(layer, LoraLayer) and type(layer).__module__ == "peft.tuners.lora.bnb"
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = model(pixel_values=pixels, labels=torch.tensor([0, 1])).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    after = model.state_dict()
+    kept = [name for name in before if (here := f"base_model.model.{name}") in after and ".base_layer" not in here]
+    assert kept and all(torch.equal(after[f"base_model.model.{name}"], before[name]) for name in kept)
+    model.eval().save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(quantised_vit_nano(bits), folder).eval()
+    assert torch.allclose(logits(loaded, pixels), logits(model, pixels), atol=1e-4)
 
 
 # --- full adapters -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ LORA_ONLY = (
     "monteclora_config",
     "velora_config",
 )
-"""Fields of `LoraConfig` that say something about low-rank weights; `r`, `lora_alpha` and `lora_dropout` are ignored."""
+"""Fields of `LoraConfig` about low-rank weights, which full adapters refuse; they ignore `r`, `lora_alpha`, `lora_dropout`."""
 
 
 @dataclass
@@ -220,12 +220,14 @@ class PlasticityConfig(LoraConfig):
 
 def _refuse_lora_options(config: LoraConfig) -> None:
     given = [name for name in LORA_ONLY if getattr(config, name, None)]
+    if config.bias != "none":
+        given.append(f"bias={config.bias!r}")
     if not isinstance(config.init_lora_weights, bool):
         given.append(f"init_lora_weights={config.init_lora_weights!r}")
     if given:
         raise ValueError(
-            f'{", ".join(given)} applies to adapter="lora": full adapters have no low-rank part. Leave it out, or use '
-            'adapter="lora".'
+            f'{", ".join(given)} applies to adapter="lora": full adapters have no low-rank part, and train the biases of their '
+            'modules anyway. Leave it out, or use adapter="lora".'
         )
 
 

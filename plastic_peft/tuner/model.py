@@ -25,6 +25,7 @@ from ..components import (
     parameter_count,
     public_name,
     trace,
+    whole_shape,
 )
 from ..embedded import portable_name
 from ..measure import measure_on_synthetic_images
@@ -395,7 +396,7 @@ def _report_for(
 def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
     layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else base_weight(layer)
-    shape = None if weight is None else (getattr(layer, "out_features", weight.shape[0]), *weight.shape[1:])
+    shape = None if weight is None else (getattr(layer, "out_features", weight.shape[0]), *whole_shape(weight)[1:])
     able = isinstance(
         layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, Conv1D)
     ) or isinstance(module, LoraLayer)
