@@ -527,14 +527,21 @@ def test_other_starts(base, pixels, adapter):
         assert torch.allclose(logits(model, pixels), before, atol=1e-4)
 
 
-@feature('`bias="all"`, `"lora_only"`', full="bias='all' applies to adapter=\"lora\"")
-def test_biases(base, adapter):
-    """Biases that are trained would be lost on saving; full adapters, which train their own, would leave some without use."""
+@feature('`bias="all"`, `"lora_only"`')
+def test_biases(base, pixels, adapter, tmp_path):
+    """Trained biases would be lost on saving, or biases without any effect would be among the trained ones."""
     for bias, count in (("all", sum(name.endswith("bias") for name, _ in base.named_parameters())), ("lora_only", 2)):
-        model = get_peft_model(copy.deepcopy(base), chosen(adapter, bias=bias, **HEADLESS))
-        biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
-        assert len(biases) == count
-        assert sum(name.endswith("bias") for name in get_peft_model_state_dict(model)) == count
+        model = get_peft_model(copy.deepcopy(base), chosen(adapter, bias=bias, **HEADLESS)).eval()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert sum(name.endswith("bias") for name in trained) == count
+        model(pixel_values=pixels).logits.sum().backward()
+        assert all(p.grad is not None for p in trained.values())
+        with torch.no_grad():
+            for p in trained.values():
+                p += torch.randn_like(p)
+        model.save_pretrained(tmp_path / bias)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / bias).eval()
+        assert torch.equal(logits(loaded, pixels), logits(model, pixels))
 
 
 @feature('EVA (`init_lora_weights="eva"`)', full="init_lora_weights='eva' applies to")

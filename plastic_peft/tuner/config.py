@@ -220,14 +220,12 @@ class PlasticityConfig(LoraConfig):
 
 def _refuse_lora_options(config: LoraConfig) -> None:
     given = [name for name in LORA_ONLY if getattr(config, name, None)]
-    if config.bias != "none":
-        given.append(f"bias={config.bias!r}")
     if not isinstance(config.init_lora_weights, bool):
         given.append(f"init_lora_weights={config.init_lora_weights!r}")
     if given:
         raise ValueError(
-            f'{", ".join(given)} applies to adapter="lora": full adapters have no low-rank part, and train the biases of their '
-            'modules anyway. Leave it out, or use adapter="lora".'
+            f'{", ".join(given)} applies to adapter="lora": full adapters have no low-rank part. Leave it out, or use '
+            'adapter="lora".'
         )
 
 

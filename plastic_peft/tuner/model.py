@@ -127,6 +127,13 @@ class PlasticityModel(LoraModel):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for module in model.modules():
+            if isinstance(module, FullLayer):
+                # `bias` is about the biases that are in use: these have the adapter's in their place
+                module.base_layer.requires_grad_(False)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
