@@ -619,7 +619,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0) if not isinstance(stop.code, str) else 2
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command resumes", file=sys.stderr)
+        resumes = "; the same command resumes" if arguments[0] in ("train", "compare") else ""
+        print(f"{PROGRAM}: interrupted{resumes}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if os.environ.get("PLASTIC_PEFT_DEBUG"):

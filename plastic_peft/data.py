@@ -365,7 +365,7 @@ def open_image(value: Any) -> Image.Image:
         image.load()
     # PIL's decoders raise nearly anything on broken bytes
     except Exception as error:
-        raise ValueError(f"{path or 'An image'} cannot be decoded: {error}") from None
+        raise ValueError(f"{path or 'An image'} cannot be decoded ({error}): repair or remove it.") from None
     return image
 
 

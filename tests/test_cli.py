@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,27 @@ def test_contradictions_are_told_before_anything_is_loaded_or_measured(capsys):
     call = ["train", "--dataset_name", "digits", "--budget", "0.1", "--top_k", "1", "--output_dir", "/dev/null/run"]
     assert main(call) == 2
     assert "budget and top_k say two different things" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_whether_it_resumes(monkeypatch, capsys, day):
+    """Whoever stops a run by Ctrl-C should know that nothing is lost, and not be told so where it is."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for command, end in (("train", "interrupted; the same command resumes\n"), ("select", "interrupted\n")):
+        monkeypatch.setitem(COMMANDS, command, replace(COMMANDS[command], run=interrupted))
+        assert main([command]) == 130
+        assert capsys.readouterr().err.endswith(end)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_what_to_do(day, tmp_path, capsys):
+    """One broken file among thousands must be easy to find."""
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert main(["predict", "--adapter", str(day / "run"), "--images", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "broken.png cannot be decoded" in said and said.endswith("repair or remove it.")
 
 
 def test_a_config_file_that_is_none_is_refused(tmp_path, capsys):
