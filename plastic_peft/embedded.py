@@ -43,7 +43,7 @@ def load_vit_nano(num_labels: int | None = None, **kwargs: Any) -> ViTForImageCl
 def located(name: str | os.PathLike[str]) -> str:
     """Where the model `name` lies: this package's folder for `vit_nano` and its folder in any installation, else `name`."""
     name = os.fspath(name)
-    packaged = name == NAME or name.replace("\\", "/").endswith(f"/{_INSTALLED}")
+    packaged = name == NAME or f"/{name}".replace("\\", "/").rstrip("/").endswith(f"/{_INSTALLED}")
     return str(VIT_NANO) if packaged else name
 
 
