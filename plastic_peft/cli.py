@@ -337,7 +337,7 @@ def _inspected(adapter: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "base_model": config.get("base_model_name_or_path"),
         "adapter": config.get("adapter", "lora"),
-        "selected_by": f"{config.get('order', 'highest')} {config.get('signal', 'plasticity')}" if scores else "name",
+        "selected_by": f"{config.get('order', 'highest')} {config.get('signal') or 'plasticity'}" if scores else "name",
         "modules_to_save": config.get("modules_to_save") or [],
         "modules": {
             name: {"rank": ranks.get(name, rank) if lora else None, "score": (scores or {}).get(name)}

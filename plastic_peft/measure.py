@@ -499,7 +499,7 @@ def _rows(plans: list[_Plan], structure: Structure, moments: Moments, with_sourc
 def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mapping[str, Any]) -> bool:
     """Does the selection stay when every selected score moves to the bad end of its interval and the others to the good?"""
     options = dict(options)
-    signal = options.pop("signal", "plasticity")
+    signal = options.pop("signal", None)
     chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
     names, units = set(chosen.modules), set(chosen.units)
     toward_low = options.get("order", "highest") != "lowest"

@@ -202,24 +202,38 @@ class PlasticityReport:
 
     # --- selection -------------------------------------------------------------------------------------------------
 
-    def candidates(self, signal: str = "plasticity") -> list[Candidate]:
+    def candidates(self, signal: str | None = None) -> list[Candidate]:
         """The modules inside blocks with their scores; errors as in `plastic_peft.report.candidates`."""
         return candidates(self.rows, signal)
 
-    def select(self, *, signal: str = "plasticity", **options: Any) -> Selection:
+    def select(self, *, signal: str | None = None, **options: Any) -> Selection:
         """Choose modules and ranks by this report; options as in `plastic_peft.selection.select`."""
         return select(self.candidates(signal), base_parameters=self.base_parameters, **options)
 
 
-def candidates(rows: Iterable[Row], signal: str = "plasticity") -> list[Candidate]:
+def default_signal(rows: Iterable[Row]) -> str:
+    """`"shift"` where every module of the blocks has one, which takes source images, else `"plasticity"`.
+
+    Raw rates compare scales as well as components: shift finds the roles whose tuning helps, and raw rates need not
+    (docs/method_comparison.md).
+    """
+    blocks = [row for row in rows if row.level == "module" and row.block is not None and row.role in BLOCK_ROLES]
+    return "plasticity" if any(row.shift is None for row in blocks) else "shift"
+
+
+def candidates(rows: Iterable[Row], signal: str | None = None) -> list[Candidate]:
     """The modules inside blocks with their scores, ready for `plastic_peft.selection.select`.
+
+    Args:
+        signal: `"plasticity"` or `"shift"`; see `default_signal` for the default.
 
     Raises:
         ValueError: If the signal is unknown or was not measured.
     """
+    rows = list(rows)
+    signal = default_signal(rows) if signal is None else signal
     if signal not in SIGNALS:
         raise ValueError(f"signal={signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
-    rows = list(rows)
     components = {(row.name, row.role): row for row in rows if row.level == "component"}
     found = []
     for row in rows:

@@ -196,7 +196,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threshold": (_maybe(_number), "a number or null"),
     "granularity": (_one_of(*GRANULARITIES), "a known word"),
     "within": (_one_of(*WITHIN), "a known word"),
-    "signal": (_text(40), "a known word"),
+    "signal": (_maybe(_text(40)), "a known word or null"),
     "order": (_one_of(*ORDERS), "a known word"),
     "rank_allocation": (_maybe(_one_of(*RANK_ALLOCATIONS)), "a known word or null"),
     "seed": (_integer, "a whole number"),

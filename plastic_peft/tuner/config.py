@@ -67,8 +67,9 @@ class PlasticityConfig(LoraConfig):
             What a unit is: a role over all depths, one component of one block, or a module.
         within (`"model"` or `"role"`, defaults to `"model"`):
             Rank all units together, or take the best of every role first.
-        signal (`"plasticity"` or `"shift"`, defaults to `"plasticity"`):
-            The rate of change, or that rate over the rate inside the source images.
+        signal (`"plasticity"` or `"shift"`, *optional*):
+            The rate of change, or that rate over the rate inside the source images. By default shift where the report was
+            measured with source images, and plasticity otherwise; filled in when the selection is settled.
         order (`"highest"`, `"lowest"` or `"random"`, defaults to `"highest"`):
             Which end of the ranking to adapt; the others are controls.
         rank_allocation (`"uniform"` or `"proportional"`, *optional*):
@@ -113,7 +114,9 @@ class PlasticityConfig(LoraConfig):
     within: Literal["model", "role"] = field(
         default="model", metadata={"help": "Rank over the model or inside each role."}
     )
-    signal: str = field(default="plasticity", metadata={"help": "What to rank by: 'plasticity' or 'shift'."})
+    signal: Optional[str] = field(
+        default=None, metadata={"help": "What to rank by: 'plasticity' or 'shift' (the default with source images)."}
+    )
     order: Literal["highest", "lowest", "random"] = field(
         default="highest", metadata={"help": "Which units to adapt first."}
     )
@@ -156,7 +159,7 @@ class PlasticityConfig(LoraConfig):
             rank_allocation=self.rank_allocation,
             adapter=self.adapter,
         )
-        if self.signal not in SIGNALS:
+        if self.signal is not None and self.signal not in SIGNALS:
             raise ValueError(f"signal={self.signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")

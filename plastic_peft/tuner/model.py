@@ -30,7 +30,7 @@ from ..components import (
 from ..embedded import portable_name
 from ..measure import measure_on_synthetic_images
 from ..names import checkpoint_names, compact, elsewhere, renamed_keys, renamings
-from ..report import PlasticityReport, Row, lora_cost_per_rank, nearest
+from ..report import PlasticityReport, Row, default_signal, lora_cost_per_rank, nearest
 from ..selection import Candidate, Selection, select
 from .config import PlasticityConfig
 from .layer import FullLayer, packed_dtype, trainable_names
@@ -272,6 +272,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     elif config.target_modules is None and not config.target_parameters:
         report, structure = _report_for(config, model, modules)
         if isinstance(report, PlasticityReport):
+            config.signal = config.signal or default_signal(report.rows)
             candidates = report.candidates(config.signal)
             total = report.base_parameters
             config._report = report
