@@ -103,7 +103,14 @@ def write_adapter(folder):
     torch.manual_seed(0)
     model, report, _, _ = outcome()
     saved = ["classifier", next(row.name for row in report.select_rows("module", "norm_mlp") if row.block == 3)]
-    options = {"granularity": "module", "top_k": 6, "within": "role", "r": 4, "rank_allocation": "proportional"}
+    options = {
+        "signal": "plasticity",
+        "granularity": "module",
+        "top_k": 6,
+        "within": "role",
+        "r": 4,
+        "rank_allocation": "proportional",
+    }
     config = PlasticityConfig(plasticity=report, modules_to_save=saved, **options)
     model = get_peft_model(model, config).eval()
     with torch.no_grad():
