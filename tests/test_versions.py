@@ -55,7 +55,7 @@ def outcome():
         model, digits, sources, tolerance=0, progress=False, image_processor=find_processor(model)
     )
     where = places(report)
-    selection = report.select(top_k=12, granularity="module")
+    selection = report.select(top_k=12, granularity="module", signal="plasticity")
     result = {
         "fingerprint": report.fingerprint,
         "means": sorted([*where[r.name], round(r.mean, 5)] for r in report.select_rows("module") if r.name in where),
@@ -72,7 +72,8 @@ def test_the_selection_is_the_same_under_every_release():
     assert [m[:3] for m in found["means"]] == [m[:3] for m in wanted["means"]]
     assert [m[3] for m in found["means"]] == pytest.approx([m[3] for m in wanted["means"]], rel=1e-3)
     assert found["selected"] == wanted["selected"]
-    adapted = get_peft_model(model, PlasticityConfig(plasticity=report, top_k=12, granularity="module"))
+    config = PlasticityConfig(plasticity=report, top_k=12, granularity="module", signal="plasticity")
+    adapted = get_peft_model(model, config)
     assert sorted(where[name] for name in adapted.targeted_module_names) == sorted(wanted["selected"])
 
 
