@@ -30,15 +30,16 @@ class Ranks:
         log: Path of the logs, which are appended to.
         world: How many processes.
         port: Where they meet, by default a port that is free.
+        hub: URL of the Hub in the place of the real one; without it the processes are offline.
         largest_file: Bytes above which no file can grow.
         mortal: Take root's right to write where permissions forbid it.
         start: Start them at once.
     """
 
-    def __init__(self, arguments, log, world=1, *, port=None, largest_file=None, mortal=False, start=True):
+    def __init__(self, arguments, log, world=1, *, port=None, hub=None, largest_file=None, mortal=False, start=True):
         self.logs = [Path(f"{log}.{rank}") for rank in range(world)]
         port = port or free_port()
-        options = [str(argument) for argument in arguments], largest_file, mortal
+        options = [str(argument) for argument in arguments], hub, largest_file, mortal
         self.processes = [
             _context.Process(target=_rank, args=(rank, world, port, str(self.logs[rank]), *options))
             for rank in range(world)
@@ -83,12 +84,18 @@ class Ranks:
         return "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
 
 
-def _rank(rank, world, port, log, arguments, largest_file, mortal):
+def _rank(rank, world, port, log, arguments, hub, largest_file, mortal):
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - open as long as the process lives
     os.dup2(sys.stderr.fileno(), 2)
     if world > 1:
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1")
+    if hub:
+        from huggingface_hub import constants
+
+        # the server that this process comes from read its environment long ago
+        constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = hub, False, True
+        os.environ["NO_PROXY"] = "127.0.0.1"
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     if mortal and os.geteuid() == 0:

@@ -45,12 +45,8 @@ RESUMES = "The same command resumes from the last whole checkpoint."
 
 @pytest.fixture(scope="module")
 def hub():
-    """A Hub on loopback, which the processes of this file's runs take for the real one."""
-    with HubServer({"secret": "ada"}) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", server.url)
-        patch.setenv("HF_HUB_OFFLINE", "0")
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
-        patch.setenv("NO_PROXY", "127.0.0.1")
+    """A Hub on loopback, which the runs of this file take for the real one."""
+    with HubServer({"secret": "ada"}) as server:
         yield server
 
 
@@ -66,7 +62,7 @@ def train(tmp_path_factory, hub):
 
     def start(folder, *flags, world=1, log=None, **options):
         each = ["--output_dir", folder, "--per_device_train_batch_size", 16 // world]
-        return Ranks(["train", config, *each, *flags], log or f"{folder}.log", world, **options)
+        return Ranks(["train", config, *each, *flags], log or f"{folder}.log", world, hub=hub.url, **options)
 
     assert Ranks(["--version"], base / "log").codes() == [0]
     return start
