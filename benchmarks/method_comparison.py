@@ -161,7 +161,7 @@ class Task:
             # the same scaling on every module, whatever its rank
             alpha_pattern={f"^{name}": 2 * rank for name, rank in choice.ranks.items()},
             lora_alpha=2 * max(choice.ranks.values()),
-            modules_to_save=["classifier"],
+            modules_to_save=["classifier", *choice.full],
         )
         if choice.init == "eva":
             config = LoraConfig(
@@ -202,7 +202,7 @@ class Task:
             "validation": self.accuracy(model, *self.validation),
             "test": self.accuracy(model, *self.test),
             "parameters": sum(p.numel() for p in trained) - head,
-            "modules": len(choice.ranks) or len(choice.full),
+            "modules": len(choice.ranks) + len(choice.full),
             "steps": steps,
             "loss": round(float(np.mean(losses[-10:])), 4),
             "choosing_seconds": round(choosing, 2),
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--source", help="parquet file of images like those of pretraining; vit_nano has its own")
     parser.add_argument("--image-size", type=int, help="the model's own by default")
     parser.add_argument("--methods", nargs="+", default=["q+v", "all-linear", "select:signal=plasticity"])
-    parser.add_argument("--budgets", nargs="+", type=int, default=[2], help="in LoRA ranks over all linears")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[2], help="in LoRA ranks over all linears")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose among")
     parser.add_argument("--train-images", type=int, default=1000)
@@ -330,7 +330,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     task = Task(arguments)
     if arguments.costs:
-        costs = task.costs(arguments.methods, arguments.budgets[0] * task.unit)
+        costs = task.costs(arguments.methods, round(arguments.budgets[0] * task.unit))
         print(save(f"methods_cost_{arguments.task}", costs, batch=BATCH, signals=task.signals()))
         return
     settings = {k: v for k, v in vars(arguments).items() if k not in ("methods", "seeds", "budgets", "rates", "costs")}
@@ -344,7 +344,7 @@ def main() -> None:
     with tqdm(desc=arguments.task) as bar:
         # the file is read again for every run, since several processes may work on one list in turn
         while run := plan(
-            arguments.methods, [b * task.unit for b in arguments.budgets], arguments.seeds, read(path), arguments.rates
+            arguments.methods, [round(b * task.unit) for b in arguments.budgets], arguments.seeds, read(path), arguments.rates
         ):
             result = task.train(run)
             with path.open("a") as file:

@@ -10,13 +10,14 @@ A method is written as a short text:
     best-role:SIGNAL                                the role with the highest mean signal, over all depths
     random                                          random modules; the run's seed draws them
     gradient:SHAPE                                  ranks by gradient norms on labelled images; see `_gradient`
+    norms:METHOD                                    METHOD on what the budget leaves after all norms, trained in full
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -33,7 +34,7 @@ QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run trains besides the head: LoRA ranks by module name, or the names of modules trained in full."""
+    """What a run trains besides the head: LoRA ranks by module name, and the names of modules trained in full."""
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     full: Sequence[str] = ()
@@ -58,6 +59,10 @@ def choose(method: str, situation: Situation) -> Choice:
     third = blocks // 3
     if name == "head":
         return Choice()
+    if name == "norms":
+        norms = _whole("layernorm", "", situation.model)
+        spent = sum(p.numel() for norm in norms for p in situation.model.get_submodule(norm).parameters())
+        return replace(choose(options, replace(situation, budget=situation.budget - spent)), full=norms)
     if name in ("full", "layernorm", "only"):
         return Choice(full=_whole(name, options, situation.model))
     if name == "select":

@@ -29,6 +29,7 @@ from .components import (
     synthetic_images,
     trace,
     unwrap,
+    whole_shape,
 )
 from .images import model_inputs
 from .measure import origin
@@ -171,9 +172,11 @@ def attention_bound(
 def _weight_bound(modules: list[nn.Module]) -> float | None:
     """Largest absolute scale of a norm, spectral norm of linears whose outputs lie side by side, `None` for others."""
     weights = [base_weight(module) for module in modules]
-    if any(w is None or not w.is_floating_point() or w.numel() == 0 for w in weights):
+    if any(w is None or not w.is_floating_point() for w in weights):
         return None
     known = [_whole(w) for w in weights if w is not None]
+    if any(w.numel() == 0 for w in known):
+        return None
     if all(w.ndim == 1 for w in known):
         return float(max(w.detach().abs().max() for w in known))
     if all(w.ndim == 2 for w in known):
@@ -183,7 +186,12 @@ def _weight_bound(modules: list[nn.Module]) -> float | None:
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that FSDP has spread over processes, put together; others as they are."""
+    """A weight that FSDP or ZeRO-3 has spread over processes, put together; others as they are."""
+    if hasattr(weight, "ds_shape"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -271,7 +279,7 @@ class _AttentionProbe:
         if (
             not feeding
             or len(linears) != len(component.modules)
-            or any(w is None or not w.is_floating_point() or w.ndim != 2 for w in weights.values())
+            or any(w is None or not w.is_floating_point() or len(whole_shape(w)) != 2 for w in weights.values())
         ):
             return None
         parts: list[tuple[str, slice]] = []

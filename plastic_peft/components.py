@@ -412,8 +412,9 @@ class _Tracer:
         in_dim, out_dim = self.dims[name]
         tokenwise = x.shape[:-1] == y.shape[:-1]
         parameters = own_parameters(module)
-        light = all(p.ndim <= 1 or p.numel() == p.shape[-1] for p in parameters)
-        conv = weight is not None and weight.ndim >= 3 and not light
+        shapes = [whole_shape(p) for p in parameters]
+        light = all(len(shape) <= 1 or shape.numel() == shape[-1] for shape in shapes)
+        conv = weight is not None and len(whole_shape(weight)) >= 3 and not light
         linear = not conv and not light and tokenwise and weight is not None
         norm = False
         if light and parameters and x.shape == y.shape and not kwargs and len(args) == 1:
@@ -560,14 +561,14 @@ def base_weight(module: nn.Module) -> torch.Tensor | None:
 
 def parameter_count(parameter: torch.Tensor) -> int:
     """How many numbers a parameter stands for, whatever packing or sharding does."""
-    # ZeRO-3 leaves empty parameters behind and keeps the whole size beside them
-    return int(getattr(parameter, "ds_numel", whole_shape(parameter).numel()))
+    return whole_shape(parameter).numel()
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    # bitsandbytes packs two numbers of four bits into one and keeps the shape beside them
-    packed = getattr(parameter, "quant_state", None)
-    return torch.Size(parameter.shape if packed is None else packed.shape)
+    """Shape of a parameter, whatever packing or sharding does."""
+    # bitsandbytes packs two numbers of four bits into one, ZeRO-3 leaves empty parameters; both keep the shape beside them
+    packed = getattr(parameter, "quant_state", parameter)
+    return torch.Size(getattr(parameter, "ds_shape", packed.shape))
 
 
 def _weight_shape(leaf: str, weight: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> tuple[int, ...] | None:
@@ -575,7 +576,7 @@ def _weight_shape(leaf: str, weight: torch.Tensor | None, x: torch.Tensor, y: to
     if weight is None:
         return None
     if leaf != "linear":
-        return tuple(int(n) for n in getattr(weight, "ds_shape", weight.shape))
+        return tuple(whole_shape(weight))
     return (y.shape[-1], x.shape[-1])
 
 

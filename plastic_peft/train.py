@@ -493,6 +493,16 @@ def train(
             run that is to be pushed.
         faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
+    # before the folder is locked, which only one of them could do
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > training_args.world_size:
+        if torch.distributed.is_initialized():
+            # one that ends while others still connect would end them with an error of the network
+            torch.distributed.barrier()
+        raise ValueError(
+            f"{launched} processes were launched that do not know of each other, and would write to the same files: without GPUs, "
+            "pass use_cpu=True (--use_cpu)."
+        )
     main = training_args.process_index == 0
     with (
         explained(training_args.output_dir, training_args.process_index),
@@ -510,12 +520,6 @@ def _train(
     start_over: bool,
 ) -> TrainResult:
     folder = Path(str(training_args.output_dir))
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > training_args.world_size:
-        raise ValueError(
-            f"{launched} processes were launched that do not know of each other, and would write to the same files: without GPUs, "
-            "pass use_cpu=True (--use_cpu)."
-        )
     if training_args.use_cpu and torch.distributed.is_initialized():
         # transformers heeds ddp_timeout on GPUs only, and gloo waits for half an hour
         torch.distributed.distributed_c10d._set_pg_timeout(training_args.ddp_timeout_delta)
