@@ -344,7 +344,11 @@ def main() -> None:
     with tqdm(desc=arguments.task) as bar:
         # the file is read again for every run, since several processes may work on one list in turn
         while run := plan(
-            arguments.methods, [round(b * task.unit) for b in arguments.budgets], arguments.seeds, read(path), arguments.rates
+            arguments.methods,
+            [round(b * task.unit) for b in arguments.budgets],
+            arguments.seeds,
+            read(path),
+            arguments.rates,
         ):
             result = task.train(run)
             with path.open("a") as file:

@@ -567,7 +567,7 @@ def parameter_count(parameter: torch.Tensor) -> int:
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """Shape of a parameter, whatever packing or sharding does."""
     # bitsandbytes packs two numbers of four bits into one, ZeRO-3 leaves empty parameters; both keep the shape beside them
-    packed = getattr(parameter, "quant_state", parameter)
+    packed: Any = getattr(parameter, "quant_state", None) or parameter
     return torch.Size(getattr(parameter, "ds_shape", packed.shape))
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .images import output_size
 
@@ -35,6 +36,8 @@ _SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation",
 _IMAGE_NAMES = ("image", "img", "images", "picture", "image_path", "file_name", "filename", "path", "file")
 _LABEL_NAMES = ("label", "labels", "class", "target", "category", "y")
 _FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_CLASS_FOLDERS = "one folder per class, such as photos/cat/1.jpg and photos/dog/1.jpg"
 _NAMED = 5
 _IMBALANCE = 10
 
@@ -55,33 +58,39 @@ def load_images(
     test_share: float = 0.1,
     seed: int = 0,
     corrupt: str = "refuse",
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     **load_options: Any,
 ) -> datasets.DatasetDict:
     """Load labelled images as the splits `train`, `validation` and `test` with the columns `image` and `label`.
 
-    A missing split is cut from the training images: stratified by label, the same for the same seed. A split whose
-    labels are hidden (-1 or missing) counts as missing. Counts per class are logged, with a warning where one class
-    has 10 times as many training images as another, or none at all.
+    In an image folder the classes are folders (`photos/cat/1.jpg`), inside folders named after splits if there are any
+    (`photos/train/cat/1.jpg`); other files among the images do not matter. A missing split is cut from the training
+    images: stratified by label, the same for the same seed. A split whose labels are hidden (-1 or missing) counts as
+    missing. Counts per class are logged, with a warning where one class has 10 times as many training images as another,
+    or none at all.
 
     Args:
         name: `"digits"` (scikit-learn's 1797 handwritten digits), an image folder, a folder written by
-            `save_to_disk`, a parquet, CSV, TSV, JSON or arrow file, or else the id of a data set on the Hub.
-        config: Configuration name of a Hub data set.
-        train, validation, test: The same kinds of source, one per split, instead of `name`. In a CSV or JSON file
-            the images are paths, relative to the file.
+            `save_to_disk`, a parquet, CSV, TSV, JSON or arrow file, or else the id of a data set on the Hub. Paths of
+            images inside a file are relative to the file.
+        config: Configuration name of a data set that has several.
+        train, validation, test: The same kinds of source, one per split, instead of `name`.
         image_column, label_column: Needed only where the columns cannot be told from their types and names.
         validation_share, test_share: Shares of the training images to cut off for a missing split.
         seed: Decides the cuts.
         corrupt: `"refuse"` decodes every image once and names those that cannot be decoded in an error, `"skip"`
             leaves them out and names them in a warning, `"unchecked"` saves the pass over the images.
-        load_options: Passed on to `datasets.load_dataset`, such as `token`, `revision` and `cache_dir`.
+        token: For a private or gated data set on the Hub; by default the stored login.
+        cache_dir: Where data sets are kept; by default where `datasets` keeps them.
+        load_options: Passed on to `datasets.load_dataset`, such as `revision`.
 
     Raises:
         FileNotFoundError: If a path or data set does not exist.
-        ValueError: If columns cannot be told, labels are no classes, images are corrupt, or a split would be empty.
+        ValueError: If columns cannot be told, labels are no classes or fewer than two, images are corrupt, or a split
+            would be empty.
     """
-    if corrupt not in CORRUPT:
-        raise ValueError(f"corrupt={corrupt!r} is unknown: choose one of {', '.join(map(repr, CORRUPT))}.")
+    _check_corrupt(corrupt)
     shares = {"validation": validation_share, "test": test_share}
     for split, share in shares.items():
         if not 0 < share < 1:
@@ -91,17 +100,23 @@ def load_images(
         raise ValueError(
             "Say which images to load: either name (a data set or folder), or train (and validation, test)."
         )
+    options = {"token": token, "cache_dir": cache_dir, **load_options}
     if name is not None:
-        splits = _load(name, config, load_options)
+        splits = _load(name, config, image_column, options)
     else:
-        splits = {split: _only_split(_load(path, None, load_options), path) for split, path in given.items() if path}
+        splits = {
+            split: _only_split(_load(path, config, image_column, options), path) for split, path in given.items() if path
+        }
 
     if "train" not in splits:
         raise ValueError(f"{name or train} has the splits {', '.join(splits)}, none of which is 'train'.")
-    image_column = image_column or find_image_column(splits["train"])
-    label_column = label_column or find_label_column(splits["train"])
-    splits = {split: _named_columns(data, split, image_column, label_column) for split, data in splits.items()}
+    columns = {
+        "image": image_column or find_image_column(splits["train"]),
+        "label": label_column or find_label_column(splits["train"]),
+    }
+    splits = {split: _named_columns(data, split, columns) for split, data in splits.items()}
     splits = _class_labels(splits)
+    _check_classes(splits["train"])
     if corrupt != "unchecked":
         splits = {split: _checked_images(data, split, corrupt) for split, data in splits.items()}
     splits = _cut_missing(splits, shares, seed)
@@ -109,34 +124,45 @@ def load_images(
     return datasets.DatasetDict({split: splits[split] for split in SPLITS})
 
 
-def load_unlabelled(path: str | os.PathLike[str], split: str = "test") -> datasets.Dataset:
-    """Load images without their labels, for prediction: one image file, or any source of `load_images`.
+def load_unlabelled(
+    name: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    corrupt: str = "refuse",
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> datasets.Dataset:
+    """Load images without their labels, to measure on or to predict: one image file, or any source of `load_images`.
 
     Args:
+        name: The image file, folder, data file or data set; folders need no class folders.
         split: The split to take where the source has it; otherwise its first.
+        config, image_column, corrupt, token, cache_dir: As for `load_images`.
 
     Returns:
-        A data set with the column `image`, and `file` with the path or row of each image.
+        A data set with the column `image`, and `file` with what `image_names` calls each image.
 
     Raises:
         FileNotFoundError, ValueError: As for `load_images`.
     """
-    source = Path(path)
-    if source.is_dir() and not _is_saved(source) and not _image_files(source):
-        raise ValueError(f"{source} holds no image files: {', '.join(sorted(Image.registered_extensions())[:8])}, ...")
-    if source.is_dir() and not _is_saved(source):
-        files = _image_files(source)
-    elif source.is_file() and source.suffix.lower() not in _FILES:
-        files = [source]
-    else:
-        loaded = _load(path, None, {})
-        data = loaded.get(split, next(iter(loaded.values())))
-        data = _as_image_column(data.select_columns([find_image_column(data)]), find_image_column(data))
-        data = data.rename_columns({data.column_names[0]: "image"})
-        return data.add_column("file", [f"row {i}" for i in range(len(data))])
-    names = [str(file) for file in files]
-    data = datasets.Dataset.from_dict({"image": names, "file": names})
-    return data.cast_column("image", datasets.Image(decode=False))
+    _check_corrupt(corrupt)
+    splits = _load(name, config, image_column, {"token": token, "cache_dir": cache_dir})
+    split = split if split in splits else next(iter(splits))
+    data = splits[split]
+    data = _named_columns(data, split, {"image": image_column or find_image_column(data)})
+    data = data.add_column("file", image_names(data))
+    return data if corrupt == "unchecked" else _checked_images(data, split, corrupt)
+
+
+def image_names(data: datasets.Dataset, image_column: str = "image") -> list[str]:
+    """What to call each image: its path or file name where the data has one, else `row N`; nothing is decoded."""
+    images = _as_image_column(data.select_columns([image_column]), image_column).with_format("arrow")
+    paths: list[str | None] = []
+    for batch in images.iter(1000):
+        paths += pyarrow.compute.struct_field(batch.column(0), "path").to_pylist()
+    return [path or f"row {index}" for index, path in enumerate(paths)]
 
 
 def class_counts(data: datasets.Dataset) -> dict[str, int]:
@@ -145,51 +171,107 @@ def class_counts(data: datasets.Dataset) -> dict[str, int]:
     return {name: counts[index] for index, name in enumerate(data.features["label"].names)}
 
 
-def _load(name: str | os.PathLike[str], config: str | None, options: dict[str, Any]) -> dict[str, datasets.Dataset]:
-    path = Path(name)
-    if str(name) == DIGITS:
-        return {"train": _digits()}
+def _load(
+    name: str | os.PathLike[str], config: str | None, image_column: str | None, options: dict[str, Any]
+) -> dict[str, datasets.Dataset]:
+    """The splits of any source, under their usual names and with the source's own columns."""
+    path = Path(name).expanduser()
     loaded: Any
+    if str(name) == DIGITS:
+        loaded = _digits()
+    elif path.is_dir():
+        loaded = _load_folder(path, config, options)
+    elif path.is_file():
+        loaded = _load_file(path, image_column, options)
+    elif looks_like_path(str(name)):
+        raise FileNotFoundError(f"{name} does not exist: there is no such file or folder of images.")
+    else:
+        loaded = _load_dataset(name, str(name), config, **options)
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    splits = {_SPLIT_NAMES.get(split, split): data for split, data in loaded.items() if len(data)}
+    if not splits:
+        raise ValueError(f"{name} holds no images.")
+    return splits
+
+
+def _load_dataset(name: Any, builder: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset` with errors that name the source and say what to do."""
     try:
-        if path.is_dir() and _is_saved(path):
-            loaded = datasets.load_from_disk(str(path))
-        elif path.is_dir() and not any(file.suffix.lower() in _FILES for file in path.rglob("*")):
-            # the library drops the label of a folder with a single class unless told not to
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
-        elif path.is_dir():
-            loaded = datasets.load_dataset(str(path), config)
-        elif path.is_file():
-            loaded = _load_file(path)
-        elif looks_like_path(str(name)):
-            raise FileNotFoundError(f"{name} does not exist: there is no such file or folder of images.")
-        else:
-            loaded = datasets.load_dataset(str(name), config, **options)
+        return datasets.load_dataset(builder, *arguments, **options)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{name} is neither here nor on the Hub as far as it can be reached: {error}") from None
+        raise FileNotFoundError(
+            f"{name} is neither here nor on the Hub as far as it can be reached: {error} A private data set needs token "
+            "(--token) or `hf auth login`."
+        ) from None
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise ValueError(f"{name} cannot be read as images: {error.__cause__ or error}") from error
-    if isinstance(loaded, datasets.Dataset):
-        return {"train": loaded}
-    return {_SPLIT_NAMES.get(split, split): data for split, data in loaded.items() if len(data)}
+    except ValueError as error:
+        if "onfig" not in str(error):
+            raise
+        reason = " ".join(str(error).partition("Example of usage")[0].split())
+        raise ValueError(f"{name}: {reason}. Say which with config (--dataset_config_name).") from None
 
 
-def _load_file(path: Path) -> datasets.DatasetDict:
+def _load_folder(path: Path, config: str | None, options: dict[str, Any]) -> Any:
+    if _is_saved(path):
+        return datasets.load_from_disk(str(path))
+    images = _visible_files(path, _image_suffixes())
+    tables = _visible_files(path, {*_FILES})
+    archives = _visible_files(path, {".zip"})
+    if (images and any(file.name in _METADATA for file in tables)) or (archives and not images and not tables):
+        # the library drops the label of a folder with a single class unless told not to
+        return _load_dataset(path, "imagefolder", data_dir=str(path), drop_labels=False, **options)
+    # CSV and JSON files among images are notes on them; a picture beside tables is likely to be a logo
+    noted = all(_FILES[file.suffix.lower()] in ("csv", "json") for file in tables)
+    if images and (noted or len({file.parent for file in images}) > 1):
+        return _load_image_folder(path, images)
+    if not tables:
+        raise ValueError(
+            f"{path} holds no image files ({', '.join(sorted(_image_suffixes())[:8])}, ...) and no tables of images "
+            f"({', '.join(_FILES)})."
+        )
+    return _load_dataset(path, str(path), config, **options)
+
+
+def _load_image_folder(path: Path, files: list[Path]) -> dict[str, datasets.Dataset]:
+    """Splits from the names of the folders in `path`, where all are those of splits, and labels from the folder of each image."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        top = file.relative_to(path).parts[0].lower()
+        splits.setdefault(_SPLIT_NAMES.get(top, top), []).append(file)
+    depth = 1 if splits.keys() <= {*SPLITS} else 0
+    return {
+        split: _image_rows(found, [_class_of(file.relative_to(path).parts[depth:]) for file in found])
+        for split, found in (splits if depth else {"train": files}).items()
+    }
+
+
+def _class_of(parts: Sequence[str]) -> str | None:
+    return parts[-2] if len(parts) > 1 else None
+
+
+def _image_rows(files: Sequence[Path], labels: Sequence[str | None]) -> datasets.Dataset:
+    features = datasets.Features(image=datasets.Value("string"), label=datasets.Value("string"))
+    data = datasets.Dataset.from_dict({"image": [str(file) for file in files], "label": labels}, features=features)
+    return data.cast_column("image", datasets.Image())
+
+
+def _load_file(path: Path, image_column: str | None, options: dict[str, Any]) -> datasets.Dataset:
     kind = _FILES.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path} has a suffix that is not known: pass a folder, or one of {', '.join(_FILES)}.")
+        return _image_rows([path], [None])
     extra = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    loaded = datasets.load_dataset(kind, data_files=str(path), **extra)
-    if kind not in ("csv", "json"):
-        return loaded
+    data: datasets.Dataset = _load_dataset(path, kind, data_files=str(path), **extra, **options)["train"]
+    column = image_column or find_image_column(data)
+    if column not in data.column_names or not _is_text(data.features[column]):
+        return data
     # paths inside a file are meant relative to it
-    column = find_image_column(loaded["train"])
-    folder = path.parent.resolve()
-    files = [str(folder / str(value)) for value in loaded["train"][column][:]]
-    missing = [file for file in files if not Path(file).is_file()]
+    files = [value and str(path.parent / value) for value in data[column][:]]
+    missing = [file for file in files if file and not Path(file).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names {len(missing)} images that do not exist, such as {missing[0]}.")
-    data = loaded["train"].remove_columns([column]).add_column(column, files)
-    return datasets.DatasetDict(train=data.cast_column(column, datasets.Image()))
+    return data.remove_columns([column]).add_column(column, files).cast_column(column, datasets.Image())
 
 
 def _only_split(splits: dict[str, datasets.Dataset], path: Any) -> datasets.Dataset:
@@ -210,9 +292,22 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _image_files(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+def _image_suffixes() -> set[str]:
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _visible_files(folder: Path, suffixes: set[str]) -> list[Path]:
+    """Files with these suffixes at any depth, in a fixed order, without what systems hide (`._1.png`, `__MACOSX`)."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(file for file in found if file.suffix.lower() in suffixes)
+
+
+def _check_corrupt(corrupt: str) -> None:
+    if corrupt not in CORRUPT:
+        raise ValueError(f"corrupt={corrupt!r} is unknown: choose one of {', '.join(map(repr, CORRUPT))}.")
 
 
 def _digits() -> datasets.Dataset:
@@ -235,9 +330,7 @@ def find_image_column(data: datasets.Dataset) -> str:
         ValueError: If there is none or more than one.
     """
     typed = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    texts = [
-        name for name, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
+    texts = [name for name, feature in data.features.items() if _is_text(feature)]
     found = typed or [name for name in texts if name.lower() in _IMAGE_NAMES][:1]
     if len(found) != 1:
         raise ValueError(
@@ -264,27 +357,30 @@ def find_label_column(data: datasets.Dataset) -> str:
     return found[0]
 
 
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
 def _as_image_column(data: datasets.Dataset, column: str) -> datasets.Dataset:
     feature = data.features[column]
     if isinstance(feature, datasets.Image):
         return data
-    if getattr(feature, "dtype", "") not in ("string", "large_string", "binary", "large_binary"):
+    if not _is_text(feature) and getattr(feature, "dtype", "") not in ("binary", "large_binary"):
         raise ValueError(f"Column {column!r} holds {feature}, not images: say which column does with image_column.")
     return data.cast_column(column, datasets.Image())
 
 
-def _named_columns(data: datasets.Dataset, split: str, image_column: str, label_column: str) -> datasets.Dataset:
-    for column, flag in ((image_column, "image_column"), (label_column, "label_column")):
-        if column not in data.column_names and not (column == label_column and split == "test"):
+def _named_columns(data: datasets.Dataset, split: str, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Keep the columns that `columns` maps `image` and, unless labels do not matter, `label` to, under these names."""
+    for name, column in columns.items():
+        if column not in data.column_names and not (name == "label" and split == "test"):
             raise ValueError(
-                f"The {split} split has no column {column!r} but {', '.join(data.column_names)}: correct {flag} "
-                f"(--{flag}_name)."
+                f"The {split} split has no column {column!r} but {', '.join(data.column_names)}: correct {name}_column "
+                f"(--{name}_column_name)."
             )
-    kept = [column for column in (image_column, label_column) if column in data.column_names]
-    data = _as_image_column(data.select_columns(kept), image_column)
-    renamed = {
-        old: new for old, new in ((image_column, "image"), (label_column, "label")) if old in kept and old != new
-    }
+    kept = {column: name for name, column in columns.items() if column in data.column_names}
+    data = _as_image_column(data.select_columns([*kept]), columns["image"])
+    renamed = {column: name for column, name in kept.items() if column != name}
     return data.rename_columns(renamed) if renamed else data
 
 
@@ -295,7 +391,11 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
         column = data.with_format(None)["label"][:] if "label" in data.column_names else [None]
         hidden = sum(value is None or value == -1 for value in column)
         if hidden and split == "train":
-            raise ValueError(f"{hidden} of {len(column)} training images have no label: remove or label them.")
+            first = next(index for index, value in enumerate(column) if value is None or value == -1)
+            raise ValueError(
+                f"{hidden} of {len(column)} training images have no label, such as {image_names(data)[first]}: label or "
+                f"remove them. An image folder has {_CLASS_FOLDERS}."
+            )
         if hidden:
             logger.warning("The labels of %d %s images are hidden: that split is not used.", hidden, split)
             continue
@@ -327,26 +427,47 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
     return encoded
 
 
+def _check_classes(train: datasets.Dataset) -> None:
+    present = [name for name, count in class_counts(train).items() if count]
+    if len(present) < 2:
+        raise ValueError(
+            f"All {len(train)} training images are of one class, {present[0]!r}, and there is nothing to tell apart: pass "
+            f"images of two classes or more. An image folder has {_CLASS_FOLDERS}."
+        )
+
+
 # --- images ------------------------------------------------------------------------------------------------------------
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Bring any PIL image to upright 8-bit RGB.
 
-    16-bit and 32-bit integers are scaled from 0..65535 if any value is above 255; floats from 0..1 unless a value is
-    above 1, then from 0..255. Transparent pixels show white.
+    Integers of more than 8 bits (modes `I;16` and `I`) are scaled from 0..65535 and floats (mode `F`) from 0..1, whatever
+    values an image has: scaled by its own, dark and bright images would look alike. Transparent pixels show white.
+
+    Raises:
+        ValueError: If such integers or floats lie outside their range.
     """
+    name = getattr(image, "filename", "") or "An image"
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
-        top = values.max(initial=0.0)
-        full = (1.0 if top <= 1 else 255.0) if image.mode == "F" else (65535.0 if top > 255 else 255.0)
-        return Image.fromarray((values * (255 / full)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        return _deep_as_rgb(image, name)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _deep_as_rgb(image: Image.Image, name: str) -> Image.Image:
+    values, white = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+    # not-a-number is outside too
+    if not ((values >= 0) & (values <= white)).all():
+        raise ValueError(
+            f"{name} has values from {values.min():g} to {values.max():g}, and images of mode {image.mode} go from 0 to "
+            f"{white}: scale them to that range, or save them with 8 bits."
+        )
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 def open_image(value: Any) -> Image.Image:
@@ -365,8 +486,13 @@ def open_image(value: Any) -> Image.Image:
         image.load()
     # PIL's decoders raise nearly anything on broken bytes
     except Exception as error:
-        raise ValueError(f"{path or 'An image'} cannot be decoded ({error}): repair or remove it.") from None
+        raise ValueError(f"{path or 'An image'} cannot be decoded ({_reason(error)}): repair or remove it.") from error
     return image
+
+
+def _reason(error: BaseException) -> str:
+    # PIL's words are the file's name once more, or the address of its bytes
+    return "no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> datasets.Dataset:
@@ -377,10 +503,11 @@ def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> dataset
         if value is None:
             return f"row {index} of {split} (no image)"
         try:
-            open_image(value)
-        except ValueError:
-            name = value.get("path")
-            return f"{name} (row {index} of {split})" if name else f"row {index} of {split}"
+            as_rgb(open_image(value))
+        except ValueError as error:
+            row = f"row {index} of {split}"
+            named = f"{value['path']} ({row}" if value.get("path") else f"{row} ("
+            return f"{name} ({_reason(error.__cause__ or error)})"
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -396,7 +523,7 @@ def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> dataset
         )
     if len(bad) == len(data):
         raise ValueError(f"None of the {len(data)} {split} images can be decoded: {named}.")
-    logger.warning("%d of %d %s images cannot be decoded and are left out: %s", len(bad), len(data), split, named)
+    logger.warning("%d of %d %s images cannot be decoded and are left out: %s", len(bad), len(data), split, ", ".join(bad))
     return data.select([index for index, name in enumerate(faults) if name is None])
 
 

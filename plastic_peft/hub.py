@@ -34,7 +34,7 @@ from .images import accept_image_size, output_size
 from .names import renamed_keys
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
-from .tuner.model import adopt_names, fits, in_names_of
+from .tuner.model import adopt_names, exact_pattern, fits, in_names_of
 from .untrusted import read_json, validate_adapter_config
 
 
@@ -170,14 +170,13 @@ def save_adapter(
         write_adapter(peft_model, adapter_name, folder, state_dict)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         ranks, alphas = layout(peft_model, adapter_name)
-        changed = {name: rank for name, rank in ranks.items() if rank != config.r}
         facts.update(
             target_modules=sorted(ranks),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
-            rank_pattern=changed,
-            alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
+            rank_pattern=exact_pattern(ranks, config.r),
+            alpha_pattern=exact_pattern(alphas, config.lora_alpha),
         )
         if labels:
             facts["labels"] = [str(labels[index]) for index in sorted(labels)]

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from statistics import fmean
 
 
@@ -34,6 +35,7 @@ class Candidate:
         component_score: The score of its component.
         cost_per_rank: Trainable parameters that one LoRA rank on it costs, 0 if it cannot take LoRA.
         parameters: Its own parameters, which `adapter="full"` trains.
+        constant_cost: Trainable parameters that LoRA costs on it whatever the rank, such as DoRA's magnitudes.
     """
 
     name: str
@@ -44,9 +46,10 @@ class Candidate:
     component_score: float
     cost_per_rank: int
     parameters: int
+    constant_cost: int = 0
 
     def cost(self, adapter: str, r: int) -> int:
-        return self.parameters if adapter == "full" else self.cost_per_rank * r
+        return self.parameters if adapter == "full" else self.constant_cost + self.cost_per_rank * r
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,13 @@ def check_options(
         if choice not in allowed:
             raise ValueError(f"{name}={choice!r} is unknown: choose one of {', '.join(map(repr, allowed))}.")
     for name, value in given.items():
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-        ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
             raise ValueError(f"{name}={value!r} is not a number: pass a finite one.")
     if budget is not None and budget <= 0:
         raise ValueError(
             f"budget={budget} leaves nothing to train: pass parameters (int) or a share of the model (float)."
         )
-    if isinstance(budget, float) and budget > 1:
+    if budget is not None and not isinstance(budget, Integral) and budget > 1:
         raise ValueError(f"budget={budget} is a share above 1: pass an int to count parameters.")
     if top_k is not None and (top_k < 1 or int(top_k) != top_k):
         raise ValueError(f"top_k={top_k} must be a whole number of at least 1.")
@@ -170,7 +171,11 @@ def select(
     )
     able = [c for c in candidates if adapter == "full" or c.cost_per_rank > 0]
     if not able:
-        raise ValueError(f"None of the {len(candidates)} measured modules can take adapter={adapter!r}.")
+        first = ", ".join(c.name for c in candidates[:3]) or "none"
+        raise ValueError(
+            f"None of the {len(candidates)} modules with a score can take adapter={adapter!r} ({first}): LoRA goes on linears, "
+            "convolutions and embeddings; adapter='full' takes norms too."
+        )
     if budget is None and top_k is None and fraction is None and threshold is None:
         budget, top_k = (DEFAULT_BUDGET, None) if adapter == "lora" else (None, 1)
     if rank_allocation is None:
@@ -178,7 +183,7 @@ def select(
 
     units = _ranked_units(able, granularity, within, order, seed)
     if top_k is not None:
-        units = units[:top_k]
+        units = units[: int(top_k)]
     elif fraction is not None:
         units = units[: math.ceil(fraction * len(units))]
     elif threshold is not None:
@@ -189,12 +194,12 @@ def select(
 
     chosen = [c for unit in units for c in unit.members]
     if budget is not None:
-        limit = int(budget * base_parameters) if isinstance(budget, float) else int(budget)
+        limit = int(budget) if isinstance(budget, Integral) else int(budget * base_parameters)
         least = 1 if rank_allocation == "proportional" else r
         fitting = _prefix_within(chosen, limit, adapter, least)
         if not fitting:
             first = chosen[0]
-            share = f" ({budget} of {base_parameters:,})" if isinstance(budget, float) else ""
+            share = "" if isinstance(budget, Integral) else f" ({budget} of {base_parameters:,})"
             remedy = f"lower r (now {r}), raise the budget" if adapter == "lora" and least > 1 else "raise the budget"
             raise ValueError(
                 f"A budget of {limit:,} parameters{share} is below the first module, {first.name}, which needs "
@@ -291,6 +296,7 @@ def _weights(chosen: Sequence[Candidate], within: str, order: str, seed: int) ->
 
 def _proportional_ranks(chosen: Sequence[Candidate], limit: int, weight: Mapping[str, float]) -> dict[str, int]:
     """Ranks in proportion to weights, at least 1, spending `limit` until no further rank of any module fits."""
+    limit -= sum(c.constant_cost for c in chosen)
     total = sum(weight[c.name] * c.cost_per_rank for c in chosen)
     scale = limit / total if total > 0 else 0.0
     ideal = {name: w * scale for name, w in weight.items()}

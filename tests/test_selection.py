@@ -146,7 +146,7 @@ def test_contradictions_are_named(options, message):
 
 def test_nothing_to_adapt_is_an_error():
     """Without it LoRA on norms alone would give an adapter without parameters."""
-    with pytest.raises(ValueError, match=r"None of the 1 measured modules can take adapter='lora'"):
+    with pytest.raises(ValueError, match=r"None of the 1 modules with a score can take adapter='lora' \(n\)"):
         select([candidate("n", "norm_mlp")], base_parameters=100)
 
 

@@ -4,14 +4,18 @@ import copy
 import json
 import pickle
 import warnings
+from collections import OrderedDict
 
 import models
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from models import vit_name
 from peft import PeftModel, PeftType, get_peft_model
+from torch import nn
 
-from plastic_peft import PlasticityConfig, measure_plasticity
+from plastic_peft import PlasticityConfig, measure_plasticity, save_adapter
 from plastic_peft.report import PlasticityReport
 
 
@@ -104,6 +108,41 @@ def test_only_selection_and_head_are_trained(report):
         assert head == 32 * 5 + 5 and sum(trained.values()) - head == wanted
 
 
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}], ids=str)
+@pytest.mark.parametrize("ranks", [{}, {"rank_allocation": "uniform", "r": 2}], ids=["proportional", "uniform"])
+def test_a_budget_counts_what_is_trained_beside_the_ranks(report, extra, ranks):
+    """Without it DoRA's magnitudes or trained biases would come on top of what the user allowed."""
+    model = adapted(report, budget=3000, **extra, **ranks)
+    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
+    assert 2000 < trained <= 3000
+
+
+def test_ranks_and_alphas_given_by_pattern_win(report):
+    """Without it what a user asks for by pattern would be covered by the ranks of the selection."""
+    options = dict(fraction=1.0, rank_allocation="proportional", r=4)
+    model = adapted(report, rank_pattern={"fc1": 5}, alpha_pattern={"fc2": 99}, **options)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and n.endswith(("fc1", "fc2"))}
+    assert len(layers) == 8
+    assert {m.r["default"] for n, m in layers.items() if n.endswith("fc1")} == {5}
+    assert {m.lora_alpha["default"] for n, m in layers.items() if n.endswith("fc2")} == {99}
+
+
+def test_ranks_reach_no_module_whose_name_ends_alike(tmp_path):
+    """PEFT matches ranks by the end of a name: without it `fc` would give its rank to `block.fc`, on loading too."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), a=nn.Sequential(OrderedDict(fc=nn.Linear(8, 8)))))
+
+    def ranks(peft_model):
+        layers = peft_model.get_base_model().named_modules()
+        return {name: layer.r["default"] for name, layer in layers if hasattr(layer, "lora_A")}
+
+    adapter = get_peft_model(model(), PlasticityConfig(plasticity={"fc": 3.0, "a.fc": 1.0}, budget=128))
+    adapter.save_pretrained(tmp_path)
+    assert ranks(adapter) == ranks(PeftModel.from_pretrained(model(), tmp_path)) == {"fc": 6, "a.fc": 2}
+
+
 def test_many_targets_are_matched_exactly(report):
     """Without it PEFT's shortening of long lists could adapt modules that were not selected."""
     model = adapted(report, fraction=1.0, granularity="module")
@@ -122,6 +161,71 @@ def test_explicit_targets_win():
     """Without it a user's own choice of modules would be overruled by a measurement."""
     model = get_peft_model(models.transformers_model("vit"), PlasticityConfig(target_modules=[vit_name("q_proj")]))
     assert len(model.targeted_module_names) == 4 and model.peft_config["default"].selected_modules is None
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "siglip"])
+def test_the_head_is_found_beside_explicit_targets(family):
+    """Without it models that keep the image size in a vision config would train with a frozen, random head."""
+    model = models.transformers_model(family)
+    names = [name for name, _ in model.named_modules() if name.endswith(("fc1", "intermediate.dense"))]
+    config = PlasticityConfig(target_modules=names, modules_to_save=["auto", "layernorm"])
+    get_peft_model(model, config)
+    assert config.modules_to_save == ["layernorm", "classifier"]
+
+
+def test_options_beside_explicit_targets_are_said_to_be_idle(report):
+    """Without it a user could take modules chosen by name for a selection by the report."""
+    config = PlasticityConfig(target_modules=[vit_name("q_proj")], plasticity=report, top_k=1)
+    with pytest.warns(UserWarning, match="plasticity, top_k has no effect beside explicit target_modules"):
+        get_peft_model(models.transformers_model("vit"), config)
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_report(report, tmp_path):
+    """Without it saving an adapter that was loaded by PEFT would drop the report that lies beside it."""
+    save_adapter(adapted(report, top_k=1), tmp_path)
+    again = PeftModel.from_pretrained(models.transformers_model("vit"), tmp_path, is_trainable=True)
+    save_adapter(again, tmp_path)
+    assert PlasticityReport.load(tmp_path) == report and (tmp_path / "plasticity.png").is_file()
+    (tmp_path / "plasticity_report.json").write_text("{}")
+    with pytest.warns(UserWarning, match="loaded without its report"):
+        PeftModel.from_pretrained(models.transformers_model("vit"), tmp_path)
+
+
+def test_a_config_saved_before_its_use_selects_by_the_same_report(report, tmp_path):
+    """Without it a config from disk would measure on synthetic images what the user had measured on real ones."""
+    PlasticityConfig(plasticity=report, top_k=1).save_pretrained(tmp_path)
+    config = PlasticityConfig.from_pretrained(tmp_path)
+    model = get_peft_model(models.transformers_model("vit"), config)
+    assert sorted(config.selected_modules) == sorted(adapted(report, top_k=1).targeted_module_names)
+    assert model.peft_config["default"].report == report
+
+
+def test_scores_by_name_are_ranked_module_by_module(report):
+    """Without roles there is one component only: `top_k=1` would adapt every module that has a score."""
+    scores = {FIRST: 2.0, SECOND: 3.0}
+    for number in (1, 1.0, np.int64(1)):
+        assert adapted(scores, top_k=number).targeted_module_names == [SECOND]
+    assert len(adapted({k: np.float32(v) for k, v in scores.items()}, budget=np.int64(5000)).targeted_module_names) == 2
+
+
+def test_offloaded_modules_refuse_full_adapters(report):
+    """Accelerate puts the original weights back just before a module runs: the adapter would have no effect at all."""
+    model = cpu_offload(adapted(report, adapter="full", top_k=1), execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded"):
+        model(pixel_values=torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "message"),
+    [
+        (lambda: nn.TransformerEncoderLayer(16, 2, 32), "norm1", "reads the weights of its parts without"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "1", "running statistics"),
+    ],
+)
+def test_modules_that_full_adapters_cannot_follow_are_refused(make, target, message):
+    """Without it the adapter would silently do nothing, or change the base model's statistics."""
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(make(), PlasticityConfig(target_modules=[target], adapter="full"))
 
 
 def test_a_mapping_or_a_path_will_do(report, tmp_path):
@@ -144,6 +248,13 @@ def test_a_mapping_or_a_path_will_do(report, tmp_path):
         ),
         (lambda r: PlasticityConfig(plasticity={FIRST: float("nan")}), "finite scores"),
         (lambda r: PlasticityConfig(plasticity=r, signal="speed"), "signal='speed'"),
+        (lambda r: PlasticityConfig(plasticity={FIRST: 1.0}, signal="shift"), "a mapping with one score per module"),
+        (lambda r: PlasticityConfig(plasticity={vit_name("vit.layers.0.layernorm_before"): 1.0}), "layernorm_before"),
+        (
+            lambda r: PlasticityConfig(plasticity=r, budget=0.1, rank_pattern={"fc1": 3}),
+            "ranks that the budget decides",
+        ),
+        (lambda r: PlasticityConfig(plasticity=r, budget=0.1, bias="all"), "no budget for these covers"),
         (lambda r: PlasticityConfig(plasticity=r, adapter="full", use_dora=True), "use_dora"),
     ],
 )

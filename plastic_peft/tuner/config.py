@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
 from ..embedded import located, portable_name
-from ..report import SIGNALS, PlasticityReport, write_whole
+from ..report import REPORT_NAME, SIGNALS, PlasticityReport, write_whole
 from ..selection import check_options
 from .registration import add_peft_type
 
@@ -52,14 +54,15 @@ class PlasticityConfig(LoraConfig):
 
     Args:
         plasticity (`PlasticityReport`, `dict[str, float]` or path, *optional*):
-            What to choose by: a report, its file, or a score per module name. Without it and without
-            `target_modules`, the model is measured on synthetic images, with a warning.
+            What to choose by: a report, its file, or a score per module name (then each module is a unit of its own).
+            Without it and without `target_modules`, the model is measured on synthetic images, with a warning.
         adapter (`"lora"` or `"full"`, defaults to `"lora"`):
             Low-rank adapters on the selected modules, or training of the selected modules' own weights, norms included.
             Full adapters ignore `r`, `lora_alpha` and `lora_dropout`, and refuse LoRA's other options.
         budget (`int` or `float`, *optional*):
-            Trainable parameters to spend at most, the head not counted; a float is a share of the base model. If none of
-            `budget`, `top_k`, `fraction` and `threshold` is given: 0.01 for LoRA, `top_k=1` for full adapters.
+            Trainable parameters to spend at most, the head not counted; DoRA's magnitudes and trained biases of the selected
+            modules count. A float is a share of the base model. If none of `budget`, `top_k`, `fraction` and `threshold`
+            is given: 0.01 for LoRA, `top_k=1` for full adapters.
         top_k (`int`, *optional*): Number of units to adapt.
         fraction (`float`, *optional*): Share of units to adapt.
         threshold (`float`, *optional*): Score that a unit needs at least.
@@ -95,6 +98,7 @@ class PlasticityConfig(LoraConfig):
 
     plasticity: Optional[Union[PlasticityReport, dict[str, float], str]] = field(
         default=None,
+        repr=False,
         metadata={"help": "Report, its path, or a mapping of module names to scores to select modules by."},
     )
     adapter: Literal["lora", "full"] = field(
@@ -130,7 +134,9 @@ class PlasticityConfig(LoraConfig):
         metadata={"help": "Modules trained in full and saved with the adapter; 'auto' finds the classification head."},
     )
     selected_modules: Optional[dict[str, float]] = field(
-        default=None, metadata={"help": "Exact names and scores of the adapted modules, filled in by the selection."}
+        default=None,
+        repr=False,
+        metadata={"help": "Exact names and scores of the adapted modules, filled in by the selection."},
     )
     labels: Optional[list[str]] = field(
         default=None, metadata={"help": "Label names in the order of the head's outputs, filled in from the model."}
@@ -165,6 +171,8 @@ class PlasticityConfig(LoraConfig):
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         if self.adapter == "full":
             _refuse_lora_options(self)
+        if self.selected_modules is None:
+            self._check_budget()
         self._report: PlasticityReport | None = None
         self._names_in_file: dict[str, str] | None = None
         self._moved_to_save: list[str] = []
@@ -176,6 +184,18 @@ class PlasticityConfig(LoraConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, PlasticityReport)):
                 setattr(self, name, _checked_scores(name, value))
+
+    def _check_budget(self) -> None:
+        """A budget decides ranks and counts what is trained: options that say otherwise would make it untrue."""
+        if self.budget is None:
+            return
+        if self.rank_pattern:
+            raise ValueError("rank_pattern fixes ranks that the budget decides: pass one of them.")
+        if self.adapter == "lora" and self.bias == "all":
+            raise ValueError(
+                "bias='all' trains biases outside the selected modules, which no budget for these covers: pass "
+                "bias='lora_only', which is counted, or top_k in the place of budget."
+            )
 
     @property
     def report(self) -> PlasticityReport | None:
@@ -210,12 +230,27 @@ class PlasticityConfig(LoraConfig):
             facts["base_model_name_or_path"] = portable_name(self.base_model_name_or_path)
         return facts
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any) -> Any:
+        """As for any PEFT config; a report that lies beside it in a local folder comes with it."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        beside = Path(pretrained_model_name_or_path, subfolder or "", REPORT_NAME)
+        if isinstance(config, PlasticityConfig) and beside.is_file():
+            try:
+                config._report = PlasticityReport.load(beside)
+            except ValueError as error:
+                warnings.warn(f"The adapter is loaded without its report: {error}", UserWarning, stacklevel=2)
+            if config.selected_modules is None and config.target_modules is None:
+                config.plasticity = config._report
+        return config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / CONFIG_NAME
         if self.selected_modules is not None:
-            # peft sorts the names, and their order is that of the selection, the best first
-            facts = json.loads(path.read_text(encoding="utf-8")) | {"selected_modules": self.selected_modules}
+            # peft sorts names, and their order counts: in the selection the best first, in patterns the longest
+            ordered = ("selected_modules", "rank_pattern", "alpha_pattern")
+            facts = json.loads(path.read_text(encoding="utf-8")) | {name: getattr(self, name) for name in ordered}
             write_whole(path, json.dumps(facts, indent=2))
         if self._report is not None:
             self._report.save(path.parent)
@@ -240,7 +275,7 @@ def _checked_scores(name: str, value: Any) -> dict[str, float]:
     if not value or len(value) > MAX_NAMES:
         raise ValueError(f"{name} names {len(value):,} modules: pass between 1 and {MAX_NAMES:,}.")
     for module, score in value.items():
-        numeric = isinstance(score, (int, float)) and not isinstance(score, bool)
+        numeric = isinstance(score, Real) and not isinstance(score, bool)
         if not isinstance(module, str) or not numeric or not math.isfinite(score):
             raise ValueError(
                 f"{name} gives {str(module)[:80]!r} the score {str(score)[:80]!r}: module names need finite scores."

@@ -77,6 +77,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
+        _refuse_offloading(self.base_layer)
         weights = self._weights(self.active_adapters, self._base_weights())
         if not weights:
             return self.base_layer(*args, **kwargs)
@@ -161,9 +162,24 @@ def trainable_names(module: nn.Module) -> tuple[str, ...]:
         raise TypeError(
             f'adapter="full" cannot take the place of the weights in {kind}: recurrent layers keep a list of them.'
         )
+    if any(getattr(part, "track_running_stats", False) for part in module.modules()):
+        raise TypeError(
+            f'adapter="full" cannot keep the running statistics in {kind} apart, which change with every training step: leave '
+            "it out of target_modules."
+        )
     if not parameters:
         raise TypeError(f'adapter="full" has nothing to train in {kind}: it holds no parameters.')
     return tuple(parameters)
+
+
+def _refuse_offloading(module: nn.Module) -> None:
+    """Accelerate's hook puts the original weights into an offloaded module just before it runs, over the adapter's."""
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
+        raise ValueError(
+            f'adapter="full" cannot take the place of the weights of a {type(module).__name__} that is offloaded to CPU or disk: '
+            'merge the adapter before offloading (merge_and_unload), keep its modules on the device, or use adapter="lora".'
+        )
 
 
 def packed_dtype(module: nn.Module) -> torch.dtype | None:

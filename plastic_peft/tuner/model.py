@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Optional
@@ -99,6 +99,12 @@ class PlasticityModel(LoraModel):
                     "adapter='full': select other modules, or load the second adapter on a fresh model."
                 )
             if config.adapter == "full" and not isinstance(module, FullLayer):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+                    raise TypeError(
+                        f'adapter="full" cannot adapt {name}: {type(parent).__name__} reads the weights of its parts without '
+                        "calling them. Adapt it as a whole, or other modules."
+                    )
                 trainable_names(module)
 
     def _create_and_replace(  # type: ignore[override]
@@ -269,7 +275,9 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     if config.selected_modules is not None:
         _check_names(config.selected_modules, modules, "selected_modules")
         config.target_modules = set(config.selected_modules)  # type: ignore[assignment]
-    elif config.target_modules is None and not config.target_parameters:
+    elif config.target_modules is not None or config.target_parameters:
+        _warn_of_idle_options(config)
+    else:
         report, structure = _report_for(config, model, modules)
         if isinstance(report, PlasticityReport):
             config.signal = config.signal or default_signal(report.rows)
@@ -278,24 +286,41 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
             config._report = report
         else:
             candidates, total = report, _base_parameters(model)
-        candidates = _allowed(config, candidates)
+        candidates = [
+            replace(c, constant_cost=_constant_cost(config, modules[c.name])) for c in _allowed(config, candidates)
+        ]
         options = config.selection_options()
         options.pop("signal")
+        if not isinstance(report, PlasticityReport):
+            # scores by name say nothing of roles and blocks
+            options["granularity"] = "module"
         _apply(config, select(candidates, base_parameters=total, **options))
         config.plasticity = None
-    if config.modules_to_save == ["auto"]:
-        head = _head(config, model, modules, structure) or []
+    if "auto" in (config.modules_to_save or ()):
         chosen = config.selected_modules or {}
         # a head that was asked for by name is adapted instead
-        config.modules_to_save = [name for name in head if name not in chosen] or None
-        if config.modules_to_save:
-            logger.info("modules_to_save='auto' found the head: %s", ", ".join(config.modules_to_save))
+        head = [name for name in _head(config, model, modules, structure) if name not in chosen]
+        named = [name for name in config.modules_to_save or () if name != "auto"]
+        config.modules_to_save = list(dict.fromkeys([*named, *head])) or None
+        if head:
+            logger.info("modules_to_save='auto' found the head: %s", ", ".join(head))
     for name, module in modules.items():
         if name.endswith(tuple(config.modules_to_save or ())) and (packed := packed_dtype(module)):
             raise ValueError(
                 f"modules_to_save trains whole weights, and those of {name} are quantised ({packed}): load the model with this "
                 f"module left as it is, for bitsandbytes with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
             )
+
+
+def _warn_of_idle_options(config: PlasticityConfig) -> None:
+    names = ("plasticity", "budget", "top_k", "fraction", "threshold")
+    idle = [name for name in names if getattr(config, name) is not None]
+    if idle:
+        warnings.warn(
+            f"{', '.join(idle)} has no effect beside explicit target_modules, which win: leave one of them out.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
@@ -358,12 +383,26 @@ def _innermost(names: list[str]) -> list[str]:
 def _apply(config: PlasticityConfig, selection: Selection) -> None:
     config.selected_modules = dict(selection.scores)
     config.target_modules = set(selection.scores)  # type: ignore[assignment]
-    changed = {name: rank for name, rank in selection.ranks.items() if rank != config.r}
-    if changed:
-        config.rank_pattern = {**changed, **(config.rank_pattern or {})}
-        scaling = math.sqrt if config.use_rslora else float
-        alphas = {name: config.lora_alpha * scaling(rank) / scaling(config.r) for name, rank in changed.items()}
-        config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
+    scaling = math.sqrt if config.use_rslora else float
+    alphas = {name: config.lora_alpha * scaling(rank) / scaling(config.r) for name, rank in selection.ranks.items()}
+    # what the user gave by pattern wins over what the selection says
+    ranks = {name: _given(config.rank_pattern, name, rank) for name, rank in selection.ranks.items()}
+    alphas = {name: _given(config.alpha_pattern, name, alpha) for name, alpha in alphas.items()}
+    config.rank_pattern = exact_pattern(ranks, config.r)
+    config.alpha_pattern = exact_pattern(alphas, config.lora_alpha)
+
+
+def _given(pattern: Any, name: str, default: Any) -> Any:
+    return (pattern or {}).get(get_pattern_key(list(pattern or {}), name), default)
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Values that differ from the default, by name; all of them where peft's matching of suffixes would mix them up."""
+    changed = {name: value for name, value in values.items() if value != default}
+    if all(_given(changed, name, default) == value for name, value in values.items()):
+        return changed
+    # peft takes the first entry that a module's name ends with
+    return dict(sorted(values.items(), key=lambda item: -len(item[0])))
 
 
 def _base_parameters(model: nn.Module) -> int:
@@ -397,6 +436,11 @@ def _report_for(
             ) from error
     if isinstance(given, PlasticityReport):
         return _fitted(given, model, modules)
+    if config.signal is not None:
+        raise ValueError(
+            f"signal={config.signal!r} chooses among what a report holds, and plasticity is a mapping with one score per "
+            "module: leave signal out, or pass a PlasticityReport."
+        )
     _check_names(given, modules, "plasticity")
     return [_candidate(name, score, modules[name]) for name, score in given.items()], None
 
@@ -418,6 +462,17 @@ def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
         cost_per_rank=lora_cost_per_rank(type(layer).__name__, shape) if able else 0,
         parameters=sum(map(parameter_count, own_parameters(module))),
     )
+
+
+def _constant_cost(config: PlasticityConfig, module: nn.Module) -> int:
+    """Trainable parameters that LoRA with this config has on a module beside its ranks."""
+    if config.adapter == "full":
+        return 0
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    bias = getattr(layer, "bias", None)
+    width = next((getattr(layer, name) for name in ("out_features", "out_channels") if hasattr(layer, name)), 0)
+    owned = parameter_count(bias) if config.bias == "lora_only" and isinstance(bias, torch.Tensor) else 0
+    return owned + int(width) * (bool(config.use_dora) + bool(config.lora_bias))
 
 
 def _fitted(
@@ -538,19 +593,18 @@ class LoraMatch:
 
 def _head(
     config: PlasticityConfig, model: nn.Module, modules: dict[str, nn.Module], structure: Structure | None
-) -> list[str] | None:
+) -> list[str]:
     """Names of the classification head: as the report saw it, else from a trace, where the model can be traced."""
     if config.report is not None:
         names = [row.name for row in config.report.rows if row.role == "head" and row.level == "module"]
         if names and all(name in modules for name in names):
             return names
     if structure is None:
-        if not hasattr(getattr(model, "config", None), "image_size") or any(
-            isinstance(p, torch.Tensor) and p.device.type == "meta" for p in model.parameters()
-        ):
-            return None
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            return []
         try:
             structure = trace(model)
         except (ValueError, RuntimeError, TypeError):
-            return None
+            # what states no image size or has no blocks is no vision transformer, and PEFT adapts it as it adapts any model
+            return []
     return [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
