@@ -171,9 +171,9 @@ def select(
     )
     able = [c for c in candidates if adapter == "full" or c.cost_per_rank > 0]
     if not able:
-        first = ", ".join(c.name for c in candidates[:3]) or "none"
+        some = ", ".join(c.name for c in candidates[:3]) or "none"
         raise ValueError(
-            f"None of the {len(candidates)} modules with a score can take adapter={adapter!r} ({first}): LoRA goes on linears, "
+            f"None of the {len(candidates)} modules with a score can take adapter={adapter!r} ({some}): LoRA goes on linears, "
             "convolutions and embeddings; adapter='full' takes norms too."
         )
     if budget is None and top_k is None and fraction is None and threshold is None:
