@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .components import (
@@ -29,7 +30,6 @@ from .components import (
     synthetic_images,
     trace,
     unwrap,
-    whole_shape,
 )
 from .images import model_inputs
 from .measure import origin
@@ -43,7 +43,8 @@ def plasticity_bounds(
 
     A norm is bounded by its largest absolute scale, for tokens whose standard deviation is at least 1; a linear layer by
     its spectral norm; attention as the module says, for tokens no longer than `radius`. Relative position terms, where a
-    model has them, are not part of the attention bound.
+    model has them, are not part of the attention bound. A bias of the queries counts as one more feature of each token; other
+    biases leave the distances as they are. Modules with an adapter count with what it adds.
 
     Args:
         model: A vision transformer.
@@ -78,7 +79,8 @@ def plasticity_bounds(
             heads = probe.heads.get(component.name)
             if heads is not None:
                 r = probe.radius[component.name] if radius is None else radius
-                bound = attention_bound(*heads, n=tokens or probe.tokens[component.name], r=r)
+                n = tokens or probe.tokens[component.name]
+                bound = max(weights.bound(n, r) for weights in heads)
         else:
             bound = _weight_bound([modules[name] for name in component.outputs])
         if bound is None:
@@ -143,7 +145,15 @@ def spectral_norm(weight: torch.Tensor, *, tolerance: float = 1e-4, steps: int =
 
 
 def attention_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, head_dim: int, *, n: int, r: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    head_dim: int,
+    *,
+    n: int,
+    r: float,
+    q_bias: torch.Tensor | None = None,
 ) -> float:
     """The attention bound from weights stored as (out, in); fewer k and v heads than q heads are shared in order.
 
@@ -152,8 +162,14 @@ def attention_bound(
         head_dim: Rows of one head.
         n: Number of tokens.
         r: Largest token norm.
+        q_bias: Bias of the queries (heads · head_dim), which acts as the weight of one more feature, always 1. (A bias of
+            the keys moves all logits of a query alike, and one of the values or the output moves all outputs alike.)
     """
     q, k, v, o = (weight.detach().double() for weight in (q, k, v, o))
+    square = r**2
+    if q_bias is not None and bool(q_bias.any()):
+        q = torch.cat([q, q_bias.detach().double()[:, None]], dim=1)
+        square = r**2 + 1
     heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
     shared = torch.arange(heads, device=q.device) // (heads // kv_heads)
     q_h = q.view(heads, head_dim, -1)
@@ -166,23 +182,36 @@ def attention_bound(
     a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
     v_norm = torch.linalg.eigvalsh(v_h @ v_h.mT)[:, -1].clamp(min=0).sqrt()[shared]
     o_norm = torch.linalg.eigvalsh(o_h @ o_h.mT)[:, -1].clamp(min=0).sqrt()
-    return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * r**4 * a**2)).sum())
+    return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * square**2 * a**2)).sum())
 
 
 def _weight_bound(modules: list[nn.Module]) -> float | None:
     """Largest absolute scale of a norm, spectral norm of linears whose outputs lie side by side, `None` for others."""
-    weights = [base_weight(module) for module in modules]
-    if any(w is None or not w.is_floating_point() for w in weights):
+    known = [_weight(module) for module in modules]
+    if any(w is None or w.numel() == 0 for w in known):
         return None
-    known = [_whole(w) for w in weights if w is not None]
-    if any(w.numel() == 0 for w in known):
-        return None
-    if all(w.ndim == 1 for w in known):
-        return float(max(w.detach().abs().max() for w in known))
-    if all(w.ndim == 2 for w in known):
-        stacked = torch.cat([w.T if kind_of(m) == "Conv1D" else w for w, m in zip(known, modules, strict=True)])
+    weights = [w for w in known if w is not None]
+    if all(w.ndim == 1 for w in weights):
+        return float(max(w.abs().max() for w in weights))
+    if all(w.ndim == 2 for w in weights):
+        stacked = torch.cat([w.T if kind_of(m) == "Conv1D" else w for w, m in zip(weights, modules, strict=True)])
         return spectral_norm(stacked)
     return None
+
+
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight that a module computes with, whole and with its adapters; `None` where it is quantised or cannot be told."""
+    weight = base_weight(module)
+    if weight is None or not weight.is_floating_point():
+        return None
+    weight = _whole(weight).detach()
+    if not isinstance(module, BaseTunerLayer) or module.merged or module.disable_adapters:
+        return weight
+    adapters = [name for name in module.active_adapters if name in module._all_available_adapter_names()]
+    if adapters and (not hasattr(module, "get_delta_weight") or any(getattr(module, "use_dora", {}).values())):
+        return None
+    layer: Any = module
+    return weight + sum((layer.get_delta_weight(name).detach() for name in adapters), torch.zeros_like(weight))
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
@@ -215,6 +244,21 @@ def _row(component: Component, structure: Structure, name: str | None, bound: fl
 
 
 @dataclass
+class _Heads:
+    """Weights of one attention as (out, in), the width of a head, and the queries' bias."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    head_dim: int
+    q_bias: torch.Tensor | None
+
+    def bound(self, n: int, r: float) -> float:
+        return attention_bound(self.q, self.k, self.v, self.o, self.head_dim, n=n, r=r, q_bias=self.q_bias)
+
+
+@dataclass
 class _Probe:
     """Noise or a factor on some output features of one linear."""
 
@@ -228,12 +272,13 @@ class _AttentionProbe:
 
     Doubling v's output doubles what the output projection receives; nothing else does. Noise on one feature of q moves
     the features of one head. q and k need not be told apart: swapping them leaves `||Q^T K||` as it is, except with
-    grouped heads, where k is the narrower one.
+    grouped heads, where k is the narrower one, and with a bias, where the larger of the two bounds holds.
     """
 
     def __init__(self, modules: dict[str, nn.Module], structure: Structure, attentions: dict[str, Component]) -> None:
         self.modules, self.structure, self.attentions = modules, structure, attentions
-        self.heads: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]] = {}
+        # one entry for each of the two that may be q
+        self.heads: dict[str, list[_Heads]] = {}
         self.radius: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
         self.probing = False
@@ -269,17 +314,19 @@ class _AttentionProbe:
 
         return hook
 
-    def _heads(self, component: Component, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _heads(self, component: Component, module: nn.Module, args: Any, kwargs: Any) -> list[_Heads] | None:
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-            return *_whole(module.in_proj_weight).chunk(3), _whole(module.out_proj.weight), module.head_dim
+            q_weight, k_weight, v_weight = _whole(module.in_proj_weight).chunk(3)
+            bias = None if module.in_proj_bias is None else _whole(module.in_proj_bias).chunk(3)[0]
+            return [_Heads(q_weight, k_weight, v_weight, _whole(module.out_proj.weight), module.head_dim, bias)]
         linears = [name for name in component.modules if self.structure.leaves[name].linear]
         *feeding, out = linears
-        weights = {name: base_weight(self.modules[name]) for name in linears}
+        weights = {name: _weight(self.modules[name]) for name in linears}
         # a norm or convolution inside the attention is outside the theorem
         if (
             not feeding
             or len(linears) != len(component.modules)
-            or any(w is None or not w.is_floating_point() or len(whole_shape(w)) != 2 for w in weights.values())
+            or any(weight is None or weight.ndim != 2 for weight in weights.values())
         ):
             return None
         parts: list[tuple[str, slice]] = []
@@ -309,10 +356,21 @@ class _AttentionProbe:
             return None
         change = (noisy - plain).abs().flatten(0, -2).amax(dim=0)
         head_dim = int((change > 1e-6 * change.max()).sum())
-        part_weights = [_whole(weights[name])[rows] for name, rows in (q, k, values[0])]  # type: ignore[arg-type]
+        part_weights = [cast(torch.Tensor, weights[name])[rows] for name, rows in (q, k, values[0])]
         if head_dim == 0 or any(w.shape[0] % head_dim for w in part_weights):
             return None
-        return (*part_weights, _whole(weights[out]), head_dim)  # type: ignore[arg-type]
+        q_weight, k_weight, v_weight = part_weights
+        output = cast(torch.Tensor, weights[out])
+        q_bias, k_bias = (self._bias(*part) for part in (q, k))
+        found = [_Heads(q_weight, k_weight, v_weight, output, head_dim, q_bias)]
+        if k_bias is not None and q_weight.shape == k_weight.shape:
+            found.append(_Heads(k_weight, q_weight, v_weight, output, head_dim, k_bias))
+        return found
+
+    def _bias(self, name: str, rows: slice) -> torch.Tensor | None:
+        module = self.modules[name]
+        bias = getattr(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, "bias", None)
+        return _whole(bias)[rows] if isinstance(bias, torch.Tensor) else None
 
     def _received(
         self, module: nn.Module, args: Any, kwargs: Any, out: str, name: str | None, probe: _Probe | None

@@ -146,8 +146,11 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, compiled code or a moved random state; all is put back, whatever happens."""
+def quiet(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients, compiled code or a moved random state; all is put back, whatever happens.
+
+    With a `seed`, models that draw at random (masks, dropped tokens) draw the same each time.
+    """
     training = {module: module.training for module in model.modules()}
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
@@ -157,6 +160,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
     forked = torch.random.fork_rng(devices=devices)
     with forked, unpacked, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
+            if seed is not None:
+                for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]:
+                    generator.manual_seed(seed)
             model.eval()
             yield
         finally:
@@ -387,6 +393,9 @@ class _Tracer:
                 f"{name} puts out NaN or infinity{' from finite input' if torch.isfinite(x).all() else ''}"
             )
         in_dim, out_dim = _image_dim(x), _image_dim(y)
+        if out_dim is None and x.shape[:-1] == y.shape[:-1] and any(True for _ in module.parameters(recurse=False)):
+            # a weight of zeros, as some heads start with, puts out the same for all images
+            out_dim = in_dim
         if in_dim is None or out_dim is None:
             return
         self.dims[name] = (in_dim, out_dim)

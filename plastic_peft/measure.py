@@ -3,14 +3,16 @@
 Source: arXiv 2602.06883, the average rate of change E[||f(x) - f(y)|| / ||x - y||]. Hooks note one distance per pair and
 module; the activations themselves are never kept.
 
-Intervals are Student t intervals of the mean rate over pairs. The measurement looks at them after every batch and may
-stop at any look, so the k-th look spends only 1 / (k (k + 1)) of the error probability: over all looks these shares add
-up to the whole, and the stated confidence holds at whichever look it stops.
+Intervals are Student t intervals of the mean rate over pairs. The measurement looks at them each time that the pairs have
+grown by a quarter, and may stop at any look, so the k-th look spends only 1 / (k (k + 1)) of the error probability: over all
+looks these shares add up to the whole, and the stated confidence holds at whichever look it stops. The interval of `shift`
+takes the bad ends of both of its rates, each at half the error probability.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import platform
 import weakref
@@ -41,7 +43,7 @@ from .components import (
 )
 from .images import PairBatch, Processor, find_processor, first_pair, model_inputs, most_pairs, pair_batches
 from .report import PlasticityReport, Row, candidates
-from .selection import select
+from .selection import check_options, select
 
 
 if TYPE_CHECKING:
@@ -50,8 +52,11 @@ if TYPE_CHECKING:
 
 INPUTS = ("hidden", "embedding")
 _LEAST_PAIRS = 8
+_GROWTH = 1.25
 # from this many features on, four images at a time stay in a processor's cache while their four distances are taken
 _WIDE = 2**17
+# below this share of their squared norms, a squared distance of float32 vectors is not taken from scalar products
+_CLOSE = 0.02
 
 
 def measure_plasticity(
@@ -95,50 +100,55 @@ def measure_plasticity(
         ValueError: If the model's structure cannot be read, the images do not fit it, no pair differs, or a module puts
             out NaN or infinity; the message names the module and the batch.
     """
-    _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size)
-    core = unwrap(model)
-    processor = image_processor or find_processor(core)
-    example, target, source = first_pair(target, source, processor)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    device = next((p.device for p in core.parameters()), torch.device("cpu"))
+    _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size, selection)
+    # loaders draw from the global random state
+    with torch.random.fork_rng(devices=[]):
+        core = unwrap(model)
+        processor = image_processor or find_processor(core)
+        example, target, source = first_pair(target, source, processor)
+        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
-    with _naming_the_batch(core, example, None):
-        structure = trace(model, model_inputs(core, example))
-    plans = _plan_rows(structure, inputs)
-    taps = _Taps(core, structure, plans, inputs)
-    moments = Moments(len(plans), confidence)
-    stopped, total = "data exhausted", 0
-    batches = pair_batches(
-        target, source, processor, batch_size=batch_size, max_pairs=max_pairs, seed=seed, rank=rank, world=world
-    )
-    show = progress and (accelerator is None or accelerator.is_main_process)
-    bar = tqdm(
-        total=most_pairs(target, source, max_pairs), desc="plasticity", unit="pair", disable=not show, leave=False
-    )
-    with quiet(core), taps.attached(), contextlib.closing(batches), bar:
-        for number, batch in enumerate(batches):
-            with _naming_the_batch(core, batch.inputs, number):
-                call(entry(model), model_inputs(core, {key: value.to(device) for key, value in batch.inputs.items()}))
-            moments.add(_reduce(taps.rates(batch), accelerator))
-            moments.check(plans, number, batch, core)
-            total = batch.last
-            bar.update(batch.last - batch.first)
+        with _naming_the_batch(core, example, None):
+            structure = trace(model, model_inputs(core, example))
+        plans = _plan_rows(structure, inputs)
+        taps = _Taps(core, structure, plans, inputs)
+        moments = Moments(len(plans), confidence, fixed=tolerance == 0)
+        batches = pair_batches(
+            target, source, processor, batch_size=batch_size, max_pairs=max_pairs, seed=seed, rank=rank, world=world
+        )
+        show = progress and (accelerator is None or accelerator.is_main_process)
+        bar = tqdm(
+            total=most_pairs(target, source, max_pairs), desc="plasticity", unit="pair", disable=not show, leave=False
+        )
+
+        def settled() -> bool:
             width = moments.widest()
             bar.set_postfix_str(f"widest interval ±{width:.1%}" if math.isfinite(width) else "")
-            settled = moments.pairs() >= _LEAST_PAIRS and width < tolerance
-            if settled and selection is not None:
-                rows = _rows(plans, structure, moments, source is not None)
-                settled = _selection_is_settled(rows, structure.parameters, selection)
-            if settled:
-                stopped = "settled"
-                break
-        else:
-            if total >= max_pairs:
-                stopped = "max_pairs"
-    if moments.pairs() < 1:
-        raise ValueError(
-            f"All {total} pairs have images that are equal: a rate of change needs two different images. Check that source and target differ."
-        )
+            if width >= tolerance or selection is None:
+                return width < tolerance
+            rows = _rows(plans, structure, moments, source is not None)
+            return _selection_is_settled(rows, structure.parameters, selection)
+
+        device = next((p.device for p in core.parameters()), torch.device("cpu"))
+        stopped, total = "data exhausted", 0
+        with quiet(core, seed), taps.attached(), contextlib.closing(batches), bar:
+            for number, batch in enumerate(batches):
+                with _naming_the_batch(core, batch.inputs, number):
+                    on_device = {key: value.to(device) for key, value in batch.inputs.items()}
+                    call(entry(model), model_inputs(core, on_device))
+                moments.add(_reduce(taps.rates(batch), accelerator))
+                moments.check(plans, number, batch, core)
+                total = batch.last
+                bar.update(batch.last - batch.first)
+                if moments.look_is_due() and settled():
+                    stopped = "settled"
+                    break
+            else:
+                moments.last_look()
+                if total >= max_pairs:
+                    stopped = "max_pairs"
+    if moments.pairs() < 2:
+        raise ValueError(_too_few(total, moments.pairs()))
     missing = taps.missing()
     kept = [
         row
@@ -176,7 +186,14 @@ def origin(model: nn.Module, structure: Structure) -> dict[str, Any]:
     }
 
 
-def _check_arguments(inputs: str, max_pairs: int, tolerance: float, confidence: float, batch_size: int) -> None:
+def _check_arguments(
+    inputs: str,
+    max_pairs: int,
+    tolerance: float,
+    confidence: float,
+    batch_size: int,
+    selection: Mapping[str, Any] | None,
+) -> None:
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} is unknown: choose 'hidden' or 'embedding'.")
     if not 0 < confidence < 1:
@@ -185,6 +202,22 @@ def _check_arguments(inputs: str, max_pairs: int, tolerance: float, confidence: 
         raise ValueError(f"max_pairs={max_pairs} and batch_size={batch_size} must be at least 1.")
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance} must be 0 or more, such as 0.05.")
+    if selection is not None:
+        known = inspect.signature(select).parameters
+        if unknown := sorted(set(selection) - {*known, "signal"}):
+            raise ValueError(f"selection has no option {unknown[0]!r}: see PlasticityReport.select for what there is.")
+        defaults = {"granularity": "component", "within": "model", "order": "highest", "adapter": "lora"}
+        checked = inspect.signature(check_options).parameters
+        check_options(**{name: selection.get(name, defaults.get(name)) for name in checked})
+
+
+def _too_few(total: int, different: int) -> str:
+    if total < 2:
+        return f"{total} pairs give no interval: pass at least two images of each set, or four of the target alone."
+    return (
+        f"{different} of {total} pairs have two images that differ, and a rate of change needs different images: check that "
+        "source and target differ."
+    )
 
 
 @contextlib.contextmanager
@@ -194,9 +227,9 @@ def _naming_the_batch(model: nn.Module, batch: Mapping[str, torch.Tensor], numbe
         yield
     except NotFiniteError as error:
         raise NotFiniteError(f"{error} on the first images. {_precision_advice(model)}") from None
-    except UnknownStructureError:
+    except (UnknownStructureError, torch.OutOfMemoryError):
         raise
-    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items())
         where = "the first images" if number is None else f"batch {number}"
         raise ValueError(
@@ -256,6 +289,8 @@ class _Taps:
                     self.fed |= set(component.outputs)
         self.distances: dict[tuple[str, str], torch.Tensor] = {}
         self.seen: dict[int, tuple[Any, int, torch.Tensor]] = {}
+        # where images lie too close together for scalar products
+        self.close: set[tuple[str, str]] = set()
         self.images = 0
 
     @contextlib.contextmanager
@@ -315,22 +350,24 @@ class _Taps:
     def _add(self, key: tuple[str, str], tensor: torch.Tensor | None, dim: int) -> None:
         if tensor is None or self.images == 0 or tensor.ndim <= dim or tensor.shape[dim] % self.images:
             return
-        distance = self._distance(tensor, dim)
+        distance = self._distance(key, tensor, dim)
         # a module that is called more than once has one long output: its distances add up in squares
         self.distances[key] = torch.hypot(self.distances[key], distance) if key in self.distances else distance
 
-    def _distance(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    def _distance(self, key: tuple[str, str], tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Distances of one tensor: n source-target, then n/2 source-source and n/2 target-target ones."""
         known = self.seen.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
         # (source or target, first or second half, image, features)
         rows = per_image(tensor.detach(), dim, self.images).unflatten(0, (2, 2, -1))
-        at_once = 1 if rows.device.type == "cpu" and rows.shape[-1] >= _WIDE else rows.shape[2]
-        parts = [
-            torch.stack([_norm(part[0], part[1]), _norm(part[:, 0], part[:, 1])]) for part in rows.split(at_once, dim=2)
-        ]
-        distance = torch.cat(parts, dim=-1).flatten()
+        distance = None
+        if rows.dtype == torch.float32 and rows.device.type == "cpu" and key not in self.close:
+            distance = _from_products(rows)
+            if distance is None:
+                self.close.add(key)
+        if distance is None:
+            distance = _from_differences(rows)
         self.seen[id(tensor)] = (weakref.ref(tensor), tensor._version, distance)
         return distance
 
@@ -388,6 +425,32 @@ class _Taps:
         return absent
 
 
+def _from_products(rows: torch.Tensor) -> torch.Tensor | None:
+    """Distances by `_from_differences`, from the scalar products of each four images, which read every number once.
+
+    `None` where that could be off by more than about 1e-5: images that are nearly alike, or not finite.
+    """
+    four = rows.flatten(0, 1).transpose(0, 1)
+    products = four @ four.mT
+    norms = products.diagonal(dim1=-2, dim2=-1)
+    # source-target twice, source-source, target-target
+    a, b = [0, 1, 0, 2], [2, 3, 1, 3]
+    both = norms[:, a] + norms[:, b]
+    squares = both - 2 * products[:, a, b]
+    if not bool((squares > _CLOSE * both).all()):
+        return None
+    return squares.sqrt().T.flatten()
+
+
+def _from_differences(rows: torch.Tensor) -> torch.Tensor:
+    """Distances of rows (source or target, first or second half, image, features): see `_Taps._distance`."""
+    at_once = 1 if rows.device.type == "cpu" and rows.shape[-1] >= _WIDE else rows.shape[2]
+    parts = [
+        torch.stack([_norm(part[0], part[1]), _norm(part[:, 0], part[:, 1])]) for part in rows.split(at_once, dim=2)
+    ]
+    return torch.cat(parts, dim=-1).flatten()
+
+
 def _norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.dtype not in (torch.float32, torch.float64):
         return torch.linalg.vector_norm(a.float().sub_(b), dim=-1)
@@ -413,16 +476,36 @@ def _reduce(sums: torch.Tensor, accelerator: Accelerator | None) -> torch.Tensor
 
 
 class Moments:
-    """Running sums per row and kind of pair, with t intervals whose looks are paid for."""
+    """Running sums per row and kind of pair (source-target, source-source, target-target), with intervals of the means.
 
-    def __init__(self, rows: int, confidence: float) -> None:
+    Args:
+        rows: How many rows.
+        confidence: Confidence of the intervals at the look where the measurement stops.
+        fixed: The number of pairs does not depend on what is seen, so that the only look gets the whole error probability.
+    """
+
+    def __init__(self, rows: int, confidence: float, fixed: bool = False) -> None:
+        # sums of the rate and its square, and how many were finite and not
         self.sums = torch.zeros(rows, 3, 4, dtype=torch.float64)
-        self.confidence, self.looks, self.dropped = confidence, 0, 0
+        self.confidence, self.fixed, self.looks, self.dropped = confidence, fixed, 0, 0
+        self.looked_at = 0
 
     def add(self, sums: torch.Tensor) -> None:
         self.sums += sums[:-1]
         self.dropped += int(sums[-1, 0, 0])
-        self.looks += 1
+
+    def look_is_due(self) -> bool:
+        """Have the pairs grown enough since the last look? If so, this is the next one."""
+        pairs = self.pairs()
+        if self.fixed or pairs < max(_LEAST_PAIRS, _GROWTH * self.looked_at):
+            return False
+        self.looks, self.looked_at = self.looks + 1, pairs
+        return True
+
+    def last_look(self) -> None:
+        """The intervals are read once more when the pairs end."""
+        if self.pairs() > self.looked_at:
+            self.looks, self.looked_at = self.looks + 1, self.pairs()
 
     def pairs(self) -> int:
         """Pairs in the row that has fewest, not counting rows that were never measured."""
@@ -437,13 +520,24 @@ class Moments:
         spread = (self.sums[:, kind, 1] - count * self.mean(kind) ** 2).clamp(min=0)
         return (spread / (count - 1).clamp(min=1)).sqrt()
 
-    def half_width(self, kind: int = 0) -> torch.Tensor:
+    def half_width(self, kind: int = 0, share: float = 1.0) -> torch.Tensor:
+        """Half-width of the interval of each mean at the last look, with a `share` of its error probability."""
         from scipy.stats import t
 
         count = self.sums[:, kind, 2]
-        error = (1 - self.confidence) / (self.looks * (self.looks + 1))
+        error = share * (1 - self.confidence)
+        if not self.fixed:
+            error /= max(1, self.looks) * (self.looks + 1)
         quantile = torch.from_numpy(t.ppf(1 - error / 2, (count - 1).clamp(min=1).numpy()))
         return torch.where(count > 1, quantile * self.std(kind) / count.clamp(min=1).sqrt(), math.inf)
+
+    def shift_interval(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Interval of source-target over source-source rates; infinite above where the latter may be zero."""
+        across, inside = self.mean(0), self.mean(1)
+        across_half, inside_half = self.half_width(0, 0.5), self.half_width(1, 0.5)
+        low = (across - across_half).clamp(min=0) / (inside + inside_half)
+        least = inside - inside_half
+        return low, torch.where(least > 0, (across + across_half) / least, math.inf)
 
     def widest(self) -> float:
         measured = self.sums[:, 0, 2] > 0
@@ -468,11 +562,14 @@ class Moments:
 
 def _rows(plans: list[_Plan], structure: Structure, moments: Moments, with_source: bool) -> list[Row]:
     mean, std, width = moments.mean().tolist(), moments.std().tolist(), moments.half_width().tolist()
+    shift_low, shift_high = (end.tolist() for end in moments.shift_interval())
+    counts = moments.sums[:, :, 2].tolist()
     inside, among = moments.mean(1).tolist(), moments.mean(2).tolist()
     rows = []
     for i, plan in enumerate(plans):
         leaf = structure.leaves.get(plan.name) if plan.level == "module" else None
         half = width[i] if math.isfinite(width[i]) else 0.0
+        shifted = with_source and inside[i] > 0
         rows.append(
             Row(
                 name=plan.name,
@@ -485,12 +582,14 @@ def _rows(plans: list[_Plan], structure: Structure, moments: Moments, with_sourc
                 shape=leaf.shape if leaf else None,
                 mean=mean[i],
                 std=std[i],
-                pairs=int(moments.sums[i, 0, 2]),
+                pairs=int(counts[i][0]),
                 ci_low=mean[i] - half,
                 ci_high=mean[i] + half,
-                source_source=inside[i] if with_source else None,
-                target_target=among[i] if with_source else None,
-                shift=mean[i] / inside[i] if with_source and inside[i] > 0 else None,
+                source_source=inside[i] if with_source and counts[i][1] else None,
+                target_target=among[i] if with_source and counts[i][2] else None,
+                shift=mean[i] / inside[i] if shifted else None,
+                shift_low=shift_low[i] if shifted else None,
+                shift_high=shift_high[i] if shifted and math.isfinite(shift_high[i]) else None,
             )
         )
     return rows
@@ -501,25 +600,17 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     options = dict(options)
     signal = options.pop("signal", None)
     chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
-    names, units = set(chosen.modules), set(chosen.units)
-    toward_low = options.get("order", "highest") != "lowest"
+    names = set(chosen.modules)
+    # a component counts as selected if any of its modules is
+    components = {(row.component, row.role) for row in rows if row.level == "module" and row.name in names}
+    low_is_bad = options.get("order", "highest") != "lowest"
 
-    def shaken(row: Row) -> Row:
-        member = (
-            row.name in names
-            if row.level == "module"
-            else bool(units & {row.role, row.name}) or _holds(rows, row, names)
-        )
-        end = row.ci_low if member == toward_low else row.ci_high
-        scale = end / row.mean if row.mean > 0 else 1.0
-        return replace(row, mean=end, shift=None if row.shift is None else row.shift * scale)
+    def at_worst(row: Row) -> Row:
+        selected = row.name in names if row.level == "module" else (row.component, row.role) in components
+        if selected == low_is_bad:
+            return replace(row, mean=row.ci_low, shift=row.shift_low)
+        # no bound above is no reason to believe in the selection
+        return replace(row, mean=row.ci_high, shift=None if row.shift is None else row.shift_high or math.inf)
 
-    moved = candidates([shaken(row) for row in rows], signal)
-    return set(select(moved, base_parameters=base_parameters, **options).modules) == names
-
-
-def _holds(rows: list[Row], component: Row, names: set[str]) -> bool:
-    return any(
-        r.level == "module" and r.component == component.name and r.role == component.role and r.name in names
-        for r in rows
-    )
+    worst = candidates([at_worst(row) for row in rows], signal)
+    return set(select(worst, base_parameters=base_parameters, **options).modules) == names

@@ -58,6 +58,7 @@ class Row:
         ci_low, ci_high: Confidence interval of the mean.
         source_source, target_target: Mean rate for pairs inside each set, `None` without a source.
         shift: `mean / source_source`, `None` without a source.
+        shift_low, shift_high: Confidence interval of the shift; `None` above where the pairs bound it not.
     """
 
     name: str
@@ -76,6 +77,8 @@ class Row:
     source_source: float | None = None
     target_target: float | None = None
     shift: float | None = None
+    shift_low: float | None = None
+    shift_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ def _signal(row: Row, signal: str) -> float:
 _STRINGS = {"name", "level", "role", "kind", "component", "inputs", "stopped", "base_model", "fingerprint"}
 _COUNTS = {"parameters", "pairs", "dropped", "seed", "max_pairs", "base_parameters"}
 _NUMBERS = {"mean", "std", "ci_low", "ci_high", "confidence", "tolerance"}
-_OPTIONAL_NUMBERS = {"source_source", "target_target", "shift"}
+_OPTIONAL_NUMBERS = {"source_source", "target_target", "shift", "shift_low", "shift_high"}
 
 
 def _checked(kind: type[Any], data: Any, where: str) -> Any:

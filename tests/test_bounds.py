@@ -1,10 +1,13 @@
 """Upper bounds against exact norms and against measured rates."""
 
+import copy
+
 import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from plastic_peft import measure_plasticity, plasticity_bounds
@@ -52,6 +55,7 @@ def test_grouped_heads_share_keys_and_values():
 def test_attention_weights_are_found_by_behaviour(name):
     """Without it q, k, v and the head width would have to be known by name."""
     torch.manual_seed(0)
+    biases = (None, None)
     if name == "separate":
         model = models.transformers_model("vit")
         attention = model.vit.layers[0].attention
@@ -61,22 +65,57 @@ def test_attention_weights_are_found_by_behaviour(name):
         model = models.hand_written("pre_norm")
         attention = model.blocks[0].attn
         weights, size, where = [*attention.qkv.weight.chunk(3), attention.proj.weight], 8, "blocks.0.attn"
+        biases = attention.qkv.bias.chunk(3)[:2]
     else:
         model = models.hand_written("torch_attention")
         attention = model.blocks[0].attn
         weights, size, where = [*attention.in_proj_weight.chunk(3), attention.out_proj.weight], 8, "blocks.0.attn"
     report = plasticity_bounds(model, radius=2.0, tokens=17, images=torch.randn(3, 3, 32, 32))
     bound = next(r for r in report.select_rows("component", "attention") if r.name == where)
-    assert bound.mean == pytest.approx(attention_bound(*weights, size, n=17, r=2.0), rel=1e-5)
+    q, k, *others = weights
+    ways = zip(((q, k), (k, q)), biases, strict=True)
+    expected = max(attention_bound(*both, *others, size, n=17, r=2.0, q_bias=bias) for both, bias in ways)
+    assert bound.mean == pytest.approx(expected, rel=1e-5)
 
 
 def scaled_up(model):
-    """Weights as large as trained ones, so that bounds and rates are not near zero."""
+    """Weights and biases as large as trained ones, so that bounds and rates are not near zero."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight.mul_(5)
+                module.bias.normal_(0, 3)
     return model
+
+
+def test_a_bias_of_the_queries_counts():
+    """The theorem has no biases and models have: without it nearly equal tokens could move by more than the bound."""
+    torch.manual_seed(0)
+    attention = models.transformers_model("vit").vit.layers[0].attention
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(1e-2)
+        attention.q_proj.bias.normal_(0, 5000)
+    inputs = torch.randn(40, 1, 4, 32)
+    slopes = [torch.autograd.functional.jacobian(lambda x: attention(x)[0], x).reshape(128, 128) for x in inputs]
+    # the rate of the worst pair of nearly equal inputs
+    rate = max(float(torch.linalg.matrix_norm(slope, ord=2)) for slope in slopes)
+    weights = [getattr(attention, f"{name}_proj").weight for name in "qkvo"]
+    given = dict(n=4, r=float(inputs.norm(dim=-1).max()))
+    assert attention_bound(*weights, 8, **given) < rate
+    assert rate <= attention_bound(*weights, 8, **given, q_bias=attention.q_proj.bias)
+
+
+def test_adapters_count_as_what_they_add():
+    """Without it the bounds of an adapted model would be those of its base model, which its rates exceed."""
+    images = torch.randn(6, 3, 32, 32)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, lora_alpha=64)
+    adapted = get_peft_model(models.transformers_model("vit"), config)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    found, expected = (plasticity_bounds(model, images=images).rows for model in (adapted, merged))
+    assert [row.name for row in found] == [row.name for row in expected]
+    assert [row.mean for row in found] == pytest.approx([row.mean for row in expected], rel=1e-2)
+    with adapted.disable_adapter():
+        assert plasticity_bounds(adapted, images=images).rows[2].mean != found[2].mean
 
 
 @settings(max_examples=8, deadline=None)

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import datasets
 import models
@@ -12,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from plastic_peft import PlasticityReport, measure_plasticity
+from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity
 from plastic_peft.components import BLOCK_ROLES, find_components
-from plastic_peft.measure import Moments
+from plastic_peft.measure import Moments, _from_differences, _from_products, _selection_is_settled
+from plastic_peft.report import Row
 
 
 def quick(model, target, source=None, **options):
@@ -206,22 +209,125 @@ def test_it_measures_on_until_the_selection_cannot_change(tiny_vit):
     assert chosen == (means.index[0],)
 
 
+def stopped_moments(generator, ready, rows=1):
+    """Moments of simulated rates, 8 pairs a batch, when `ready(moments)` holds at a look, or after 25 batches."""
+    moments = Moments(rows, 0.95)
+    for _ in range(25):
+        rates = torch.empty(3, 8).exponential_(1.0, generator=generator).double().sqrt()
+        kinds = torch.zeros(rows + 1, 3, 4, dtype=torch.float64)
+        for kind, x in enumerate((rates[0], rates[1, :4], rates[2, :4])):
+            kinds[:rows, kind] = torch.tensor([x.sum(), (x**2).sum(), len(x), 0])
+        moments.add(kinds)
+        if moments.look_is_due() and ready(moments):
+            return moments
+    moments.last_look()
+    return moments
+
+
 def test_intervals_cover_at_whatever_look_they_stop():
-    """Without it stopping early could make the stated confidence a false one."""
+    """Without it stopping early could make the stated confidence a false one, for means or for shifts."""
     generator = torch.Generator().manual_seed(0)
-    runs, missed = 300, 0
+    runs, missed_mean, missed_shift = 300, 0, 0
     for _ in range(runs):
-        moments = Moments(1, 0.95)
-        for _ in range(25):
-            x = torch.empty(8).exponential_(1.0, generator=generator).double().sqrt()
-            kinds = torch.zeros(2, 3, 4, dtype=torch.float64)
-            kinds[0, 0] = torch.tensor([x.sum(), (x**2).sum(), len(x), 0])
-            moments.add(kinds)
-            if moments.widest() < 0.15:
-                break
-        truth = 0.886227
-        missed += not abs(float(moments.mean()[0]) - truth) <= float(moments.half_width()[0])
-    assert missed / runs <= 0.05
+        moments = stopped_moments(generator, lambda m: m.widest() < 0.15)
+        missed_mean += not abs(float(moments.mean()[0]) - 0.886227) <= float(moments.half_width()[0])
+        # stopping when the shift looks unlike 1 is what fools intervals that do not pay for looks
+        moments = stopped_moments(generator, lambda m: abs(float(m.mean(0) / m.mean(1)) - 1) > 0.3)
+        low, high = moments.shift_interval()
+        missed_shift += not float(low) <= 1 <= float(high)
+    assert missed_mean / runs <= 0.05 and missed_shift / runs <= 0.05
+
+
+def test_intervals_are_no_wider_than_they_have_to_be():
+    """Without it intervals could cover by being far too wide, and a measurement would need many times the pairs."""
+    generator = torch.Generator().manual_seed(0)
+    fixed, looked = Moments(1, 0.95, fixed=True), Moments(1, 0.95)
+    for _ in range(25):
+        x = torch.empty(8).exponential_(1.0, generator=generator).double().sqrt()
+        kinds = torch.zeros(2, 3, 4, dtype=torch.float64)
+        kinds[0, 0] = torch.tensor([x.sum(), (x**2).sum(), len(x), 0])
+        fixed.add(kinds), looked.add(kinds), looked.look_is_due()
+    fixed.last_look(), looked.last_look()
+    plain = 1.972 * float(fixed.std()[0]) / 200**0.5
+    assert float(fixed.half_width()[0]) == pytest.approx(plain, rel=1e-3)
+    assert plain < float(looked.half_width()[0]) < 2 * plain
+
+
+@pytest.mark.parametrize("signal", ["plasticity", "shift"])
+def test_a_selection_is_settled_only_where_no_interval_can_change_it(signal):
+    """Without it the measurement could stop while the second role may still overtake the first."""
+
+    def row(role, low, high):
+        middle = (low + high) / 2
+        mean, shift = (middle, 1.0) if signal == "plasticity" else (1.0, middle)
+        ends = {"ci_low": low, "ci_high": high} if signal == "plasticity" else {"ci_low": 0.9, "ci_high": 1.1}
+        return Row(
+            name=role, level="module", role=role, block=0, kind="Linear", component=role, parameters=64, shape=(8, 8),
+            mean=mean, std=0.1, pairs=64, shift=shift, shift_low=low, shift_high=high, source_source=1.0, **ends,
+        )  # fmt: skip
+
+    def settled(*rows):
+        both = [version for r in rows for version in (r, replace(r, level="component"))]
+        return _selection_is_settled(both, 1000, {"top_k": 1, "signal": signal})
+
+    assert settled(row("attention", 1.1, 1.3), row("mlp_in", 0.9, 1.05))
+    assert not settled(row("attention", 1.1, 1.3), row("mlp_in", 0.9, 1.15))
+
+
+def test_distances_from_products_are_those_of_differences():
+    """Without it the quick way to take distances could lose digits, or find a distance between equal images."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 2, 3, 40_000, generator=generator) + 1
+    exact = _from_differences(rows.double()).float()
+    assert torch.allclose(_from_products(rows), exact, rtol=1e-5)
+    nearly = rows.clone()
+    nearly[1] = nearly[0] + 1e-3 * nearly[1]
+    assert _from_products(nearly) is None
+    assert _from_products(torch.where(rows > 4, torch.inf, rows)) is None
+    equal = rows[:1].expand(2, -1, -1, -1)
+    assert _from_products(equal) is None and (_from_differences(equal)[:6] == 0).all()
+
+
+def test_a_zero_head_is_found_and_measured(images):
+    """Heads may start with zeros: without it such a head would be left out, and not be trained."""
+    model = models.transformers_model("vit")
+    nn.init.zeros_(model.classifier.weight), nn.init.zeros_(model.classifier.bias)
+    nn.init.zeros_(model.vit.layers[1].mlp.fc2.weight)
+    report = quick(model, images[0], images[1])
+    assert [r.name for r in report.select_rows("module", "head")] == ["classifier"]
+    assert row(report, "vit.layers.1.mlp.fc2").mean == 0
+    config = PlasticityConfig(plasticity=report)
+    get_peft_model(model, config)
+    assert config.modules_to_save == ["classifier"]
+
+
+def test_models_that_draw_at_random_are_measured_the_same_each_time(images):
+    """Without it masks drawn anew would give another report for the same seed."""
+    model = models.transformers_model("vit_mae")
+    first, second = (quick(model, images[0], images[1], seed=3) for _ in range(2))
+    assert first == second
+
+
+def test_loaders_leave_the_random_state_alone(tiny_vit, images):
+    """A loader draws from the global state: without it measuring while training would change the training."""
+    loader = DataLoader(TensorDataset(images[0]), batch_size=8, shuffle=True)
+    before = torch.get_rng_state()
+    quick(tiny_vit, loader, images[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_running_out_of_memory_stays_what_it_is(tiny_vit, images):
+    """accelerate's find_executable_batch_size looks for this error: without it it would not try a smaller batch."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = tiny_vit.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            quick(tiny_vit, images[0], images[1])
+    finally:
+        handle.remove()
 
 
 # --- what it takes ---------------------------------------------------------------------------------------------------
@@ -296,7 +402,10 @@ def test_a_shorter_source_starts_again(tiny_vit, images):
             r"cannot take the first images \(pixel_values \(2, 3, 28, 28\)\)",
         ),
         (lambda: torch.randn(4, 1, 32, 32), None, {}, "cannot take the first images"),
-        (lambda: torch.ones(6, 3, 32, 32), None, {}, "All 3 pairs have images that are equal"),
+        (lambda: torch.ones(6, 3, 32, 32), None, {}, "0 of 3 pairs have two images that differ"),
+        (lambda: torch.randn(3, 3, 32, 32), None, {}, "1 pairs give no interval"),
+        (lambda: torch.randn(4, 3, 32, 32), None, {"selection": {"topk": 1}}, "selection has no option 'topk'"),
+        (lambda: torch.randn(4, 3, 32, 32), None, {"selection": {"top_k": 0}}, "top_k=0"),
         (lambda: torch.randn(4, 3, 32, 32), lambda: torch.randn(4, 3, 16, 16), {}, "bring both to one size"),
         (lambda: torch.randn(4), None, {}, r"tensor of shape \(4,\)"),
         (lambda: "images/", None, {}, "target is a str"),
