@@ -15,7 +15,6 @@ import argparse
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,11 +24,13 @@ import numpy as np
 import torch
 from common import peak_memory, ratio, save, side_by_side
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from plastic_peft import PlasticityReport, load_vit_nano, measure_plasticity, plasticity_bounds
+from plastic_peft import load_vit_nano, measure_plasticity, plasticity_bounds
+from plastic_peft import measure as engine
 from plastic_peft.bounds import attention_bound, spectral_norm
+from plastic_peft.report import Row, candidates
+from plastic_peft.selection import select
 
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -179,60 +180,114 @@ def reference(arguments: argparse.Namespace) -> None:
 
 
 POLICIES = {
-    "best role, full": dict(top_k=1, adapter="full"),
+    "default: budget of 1 %, LoRA": {},
     "best role, LoRA": dict(top_k=1),
-    "budget of 2 %, LoRA": dict(budget=0.02),
-    "best role by shift, LoRA": dict(top_k=1, signal="shift"),
+    "best role by raw plasticity, LoRA": dict(top_k=1, signal="plasticity"),
+    "best role by raw plasticity, full": dict(top_k=1, signal="plasticity", adapter="full"),
     "12 modules": dict(top_k=12, granularity="module"),
-    "12 modules within roles": dict(top_k=12, granularity="module", within="role"),
+    "12 modules by raw plasticity": dict(top_k=12, granularity="module", signal="plasticity"),
+    "12 modules by raw plasticity within roles": dict(
+        top_k=12, granularity="module", within="role", signal="plasticity"
+    ),
 }
 
 
-def pooled(reports: list[PlasticityReport]) -> PlasticityReport:
-    """One report with the means over reports of equally many pairs."""
+class Recorded(engine.Moments):
+    """The moments of a measurement, with the sums that each batch added."""
 
-    def mean_row(*rows):
-        values = {key: fmean(getattr(r, key) for r in rows) for key in ("mean", "source_source", "target_target")}
-        return replace(rows[0], **values, shift=values["mean"] / values["source_source"])
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.batches: list[torch.Tensor] = []
 
-    return replace(reports[0], rows=tuple(map(mean_row, *(r.rows for r in reports))))
+    def add(self, sums: torch.Tensor) -> None:
+        super().add(sums)
+        self.batches.append(sums)
+
+
+class Replay:
+    """One long measurement, of which parts are measured again from the sums of their batches."""
+
+    def __init__(self, model: Any, sources: torch.Tensor, targets: Any, step: int, inputs: str) -> None:
+        held, rows = engine.Moments, engine._rows
+        seen: list[Any] = []
+        engine.Moments = lambda *a, **k: seen.append(Recorded(*a, **k)) or seen[0]  # type: ignore[assignment,misc]
+        engine._rows = lambda *a: seen.append(a[:2]) or rows(*a)  # type: ignore[func-returns-value]
+        try:
+            options = dict(batch_size=step, tolerance=0, max_pairs=len(targets), inputs=inputs)
+            self.whole = measure_plasticity(model, targets, sources, **options)
+        finally:
+            engine.Moments, engine._rows = held, rows
+        self.batches, self.plans, self.structure = seen[0].batches, *seen[1]
+
+    def moments(self) -> Any:
+        return engine.Moments(len(self.plans), 0.95)
+
+    def rows(self, moments: Any) -> list[Row]:
+        return engine._rows(self.plans, self.structure, moments, True)
+
+    def selected(self, rows: list[Row], options: dict[str, Any]) -> set[str]:
+        options = dict(options)
+        scored = candidates(rows, options.pop("signal", None))
+        return set(select(scored, base_parameters=self.structure.parameters, **options).modules)
+
+    def run(self, first: int, count: int, options: dict[str, Any], final: set[str]) -> dict[str, Any]:
+        """From batch `first` on: pairs until the selection stays the final one, and where the stopping rule stops."""
+        moments, right = self.moments(), []
+        stopped: dict[str, Any] = {"stopped_at": None, "right_when_stopped": None}
+        for sums in self.batches[first : first + count]:
+            moments.add(sums)
+            rows = self.rows(moments)
+            right.append(self.selected(rows, options) == final)
+            if stopped["stopped_at"] is None and moments.look_is_due() and moments.widest() < 0.05:
+                rows = self.rows(moments)
+                if engine._selection_is_settled(rows, self.structure.parameters, options):
+                    stopped = {"stopped_at": moments.pairs(), "right_when_stopped": right[-1]}
+        wrong = [k for k, same in enumerate(right) if not same]
+        pairs = max((w + 2 for w in wrong), default=1)
+        return {"needed": pairs if pairs <= count else None, **stopped}
+
+
+class Drawn:
+    """Images of a data set in a drawn order, which starts anew when all have been drawn."""
+
+    def __init__(self, data: datasets.Dataset, count: int, generator: torch.Generator) -> None:
+        rounds = [torch.randperm(len(data), generator=generator) for _ in range(-(-count // len(data)))]
+        self.data, self.order = data, torch.cat(rounds)[:count].tolist()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": pixels(self.data.select([self.order[index]]))[0]}
 
 
 def pairs(arguments: argparse.Namespace) -> None:
-    """How many pairs a selection needs: disjoint draws of up to 640 pairs against all of them together."""
-    step, seeds = 32, 20
+    """How many pairs a selection needs: 20 disjoint draws against all pairs together, and where the rule stops."""
+    step, seeds, total = 32, 20, arguments.pairs
     model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
-    source, target = load(arguments.source), load(arguments.target)
-    sources = pixels(source)
     generator = torch.Generator().manual_seed(0)
-    total = arguments.pairs
-
-    def order(n: int) -> list[int]:
-        drawn = [torch.randperm(n, generator=generator) for _ in range(-(-total // n))]
-        return torch.cat(drawn)[:total].tolist()
-
-    left, right = order(len(source)), order(len(target))
-    chunks = []
-    for first in tqdm(range(0, total, step), desc=arguments.name, mininterval=10):
-        part = slice(first, first + step)
-        options = dict(batch_size=step, tolerance=0, progress=False, inputs=arguments.inputs)
-        chunks.append(measure_plasticity(model, pixels(target.select(right[part])), sources[left[part]], **options))
-    everything = pooled(chunks)
-    each = len(chunks) // seeds
+    sources, targets = (Drawn(load(path), total, generator) for path in (arguments.source, arguments.target))
+    replay = Replay(model, sources, targets, step, arguments.inputs)
+    each = len(replay.batches) // seeds
     results = []
     for policy, options in POLICIES.items():
-        final = set(everything.select(**options).modules)
-        needed = []
-        for seed in range(seeds):
-            mine = chunks[seed * each : (seed + 1) * each]
-            same = [set(pooled(mine[: k + 1]).select(**options).modules) == final for k in range(each)]
-            last_wrong = max((k for k, right_one in enumerate(same) if not right_one), default=-1)
-            needed.append((last_wrong + 2) * step if last_wrong + 1 < each else None)
-        settled = [n for n in needed if n is not None]
-        row = {"policy": policy, "needed": needed, "worst": max(settled, default=None), "missed": seeds - len(settled)}
+        final = replay.selected(replay.whole.rows, options)
+        runs = [replay.run(seed * each, each, options, final) for seed in range(seeds)]
+        needed = [r["needed"] * step for r in runs if r["needed"]]
+        stops = [r["stopped_at"] for r in runs if r["stopped_at"]]
+        row = {
+            "policy": policy,
+            "needed_median": float(np.median(needed)) if needed else None,
+            "needed_worst": max(needed, default=None),
+            "not_within_draw": seeds - len(needed),
+            "stopped": len(stops),
+            "stopped_median": float(np.median(stops)) if stops else None,
+            "wrong_when_stopped": sum(r["right_when_stopped"] is False for r in runs),
+            "runs": runs,
+        }
         results.append(row)
-        print(json.dumps(row), flush=True)
-    ranking = everything.by_role()[["mean", "shift"]].round(4).to_dict("index")
+        print(json.dumps({k: v for k, v in row.items() if k != "runs"}), flush=True)
+    ranking = replay.whole.by_role()[["mean", "shift"]].round(4).to_dict("index")
     save(
         f"measurement_pairs_{arguments.name}",
         results,

@@ -19,7 +19,9 @@ WITHIN = ("model", "role")
 ORDERS = ("highest", "lowest", "random")
 RANK_ALLOCATIONS = ("uniform", "proportional")
 ADAPTERS = ("lora", "full")
+NORM_ROLES = ("norm_attention", "norm_mlp")
 DEFAULT_BUDGET = 0.01
+NORMS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,16 @@ class Selection:
     Attributes:
         scores: Exact module name to the score it was chosen by, best first.
         ranks: Exact module name to LoRA rank; empty for `adapter="full"`.
-        parameters: Trainable parameters of the selection, without head and modules to save.
+        parameters: Trainable parameters of the selection, norms included, without the head.
         units: The units taken, as they were ranked: role, component or module names.
+        norms: Exact names of the norms that are trained in full beside LoRA, in execution order.
     """
 
     scores: dict[str, float]
     ranks: dict[str, int]
     parameters: int
     units: tuple[str, ...]
+    norms: tuple[str, ...] = ()
 
     @property
     def modules(self) -> list[str]:
@@ -84,6 +88,7 @@ def check_options(
     order: str,
     rank_allocation: str | None,
     adapter: str,
+    train_norms: bool | None = None,
 ) -> None:
     """Raise a `ValueError` that names the option at fault; see `select` for their meaning."""
     given = {"budget": budget, "top_k": top_k, "fraction": fraction, "threshold": threshold}
@@ -114,6 +119,12 @@ def check_options(
         raise ValueError(f"top_k={top_k} must be a whole number of at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} must lie above 0 and at most at 1.")
+    if train_norms not in (True, False, None):
+        raise ValueError(f"train_norms={train_norms!r} must be True, False or None.")
+    if adapter == "full" and train_norms:
+        raise ValueError(
+            'train_norms applies to adapter="lora": full adapters select norms as they select other modules.'
+        )
     if adapter == "full" and rank_allocation == "proportional":
         raise ValueError('rank_allocation applies to adapter="lora": full adapters have no rank.')
 
@@ -131,6 +142,7 @@ def select(
     order: str = "highest",
     rank_allocation: str | None = None,
     adapter: str = "lora",
+    train_norms: bool | None = None,
     r: int = 8,
     seed: int = 0,
 ) -> Selection:
@@ -152,7 +164,9 @@ def select(
             scores, at least 1, until no further rank fits: a `budget` goes to as many modules as it pays one rank for, and
             otherwise the chosen units share what rank `r` on each would cost. By default proportional for a budget, and
             uniform otherwise.
-        adapter: `"lora"` or `"full"`; LoRA leaves out modules that cannot take it, such as norms.
+        adapter: `"lora"` or `"full"`; LoRA goes on the modules that can take it, which norms cannot.
+        train_norms: Train the norms of all blocks in full beside LoRA. They cost next to nothing, and a budget pays for
+            them first. By default for a budget of which they take at most half.
         r: LoRA rank; without effect where a budget is spent proportionally.
 
     Raises:
@@ -168,6 +182,7 @@ def select(
         order=order,
         rank_allocation=rank_allocation,
         adapter=adapter,
+        train_norms=train_norms,
     )
     able = [c for c in candidates if adapter == "full" or c.cost_per_rank > 0]
     if not able:
@@ -193,13 +208,20 @@ def select(
             raise ValueError(f"No score reaches threshold={threshold}: the highest is {best:.4g}. Lower the threshold.")
 
     chosen = [c for unit in units for c in unit.members]
+    norms = [c for c in candidates if c.role in NORM_ROLES and c.cost_per_rank == 0] if adapter == "lora" else []
+    cost_of_norms = sum(c.parameters for c in norms)
     if budget is not None:
         limit = int(budget) if isinstance(budget, Integral) else int(budget * base_parameters)
+        if train_norms is None:
+            train_norms = cost_of_norms <= NORMS_SHARE * limit
+        if train_norms:
+            limit -= cost_of_norms
         least = 1 if rank_allocation == "proportional" else r
         fitting = _prefix_within(chosen, limit, adapter, least)
         if not fitting:
             first = chosen[0]
             share = "" if isinstance(budget, Integral) else f" ({budget} of {base_parameters:,})"
+            share = f"{share} without the norms" if train_norms else share
             remedy = f"lower r (now {r}), raise the budget" if adapter == "lora" and least > 1 else "raise the budget"
             raise ValueError(
                 f"A budget of {limit:,} parameters{share} is below the first module, {first.name}, which needs "
@@ -212,12 +234,14 @@ def select(
         if rank_allocation == "proportional":
             spend = limit if budget is not None else sum(c.cost("lora", r) for c in chosen)
             ranks = _proportional_ranks(chosen, spend, _weights(chosen, within, order, seed))
+    norms = norms if train_norms else []
     names = {c.name for c in chosen}
     return Selection(
         scores={c.name: c.score for c in chosen},
         ranks=ranks,
-        parameters=sum(c.cost(adapter, ranks.get(c.name, r)) for c in chosen),
+        parameters=sum(c.cost(adapter, ranks.get(c.name, r)) for c in chosen) + sum(c.parameters for c in norms),
         units=tuple(unit.name for unit in units if names & {c.name for c in unit.members}),
+        norms=tuple(c.name for c in norms),
     )
 
 

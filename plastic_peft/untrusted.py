@@ -199,6 +199,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "signal": (_maybe(_text(40)), "a known word or null"),
     "order": (_one_of(*ORDERS), "a known word"),
     "rank_allocation": (_maybe(_one_of(*RANK_ALLOCATIONS)), "a known word or null"),
+    "train_norms": (_maybe(_FLAG[0]), "true, false or null"),
     "seed": (_integer, "a whole number"),
     "selected_modules": (
         _maybe(lambda v: v != {} and _mapping(is_module_name, _number)(v)),

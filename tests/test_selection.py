@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from plastic_peft.selection import Candidate, select
+from plastic_peft.selection import NORM_ROLES, Candidate, select
 
 
 ROLES = ("norm_attention", "attention", "norm_mlp", "mlp_in", "mlp_out")
@@ -170,21 +170,27 @@ candidates = st.lists(
     st.sampled_from(["model", "role"]),
     st.sampled_from(["highest", "lowest", "random"]),
     st.sampled_from(["uniform", "proportional"]),
+    st.sampled_from([None, True, False]),
 )
 def test_a_budget_is_never_exceeded_and_spent_to_within_one_step(
-    pool, budget, r, granularity, within, order, allocation
+    pool, budget, r, granularity, within, order, allocation, train_norms
 ):
     """Without it the trainable parameters could exceed the budget, or leave more than one module or rank unspent."""
     able = [c for c in pool if c.cost_per_rank]
     assume(able)
     by_name = {c.name: c for c in able}
     options = dict(budget=budget, r=r, granularity=granularity, within=within, order=order, rank_allocation=allocation)
+    options["train_norms"] = train_norms
     try:
         selection = select(pool, base_parameters=10**6, **options)
     except ValueError as error:
         assert "below the first module" in str(error)
         return
     cost = sum(by_name[name].cost_per_rank * rank for name, rank in selection.ranks.items())
+    norms = {c.name: c.parameters for c in pool if c.role in NORM_ROLES and not c.cost_per_rank}
+    assert selection.norms == (() if train_norms is False else selection.norms and tuple(norms))
+    assert bool(selection.norms) == bool(norms) or train_norms is not True
+    cost += sum(norms[name] for name in selection.norms)
     assert cost == selection.parameters <= budget
     left = budget - cost
     if allocation == "proportional":
@@ -195,6 +201,23 @@ def test_a_budget_is_never_exceeded_and_spent_to_within_one_step(
         following = uniform.modules[len(selection.modules)]
         assert uniform.modules[: len(selection.modules)] == selection.modules
         assert by_name[following].cost_per_rank * r > left
+
+
+def test_norms_are_trained_where_a_budget_has_room_for_them():
+    """Without it small budgets would go to norms alone, or large ones leave the cheapest parameters of all untrained."""
+    norms = [candidate(f"n{i}", "norm_mlp", i, parameters=20) for i in range(2)]
+    pool = [*norms, candidate("a", cost=10)]
+    options = dict(base_parameters=1000, rank_allocation="proportional")
+    assert select(pool, budget=80, **options).norms == ("n0", "n1")
+    assert select(pool, budget=80, **options).ranks == {"a": 4}
+    assert select(pool, budget=79, **options).norms == ()
+    assert select(pool, budget=79, train_norms=True, **options).ranks == {"a": 3}
+    assert select(pool, top_k=1, **options).norms == ()
+    assert select(pool, top_k=1, train_norms=True, base_parameters=1000, r=2).parameters == 20 + 40
+    with pytest.raises(ValueError, match="without the norms.*below the first module"):
+        select(pool, budget=45, train_norms=True, **options)
+    with pytest.raises(ValueError, match="full adapters select norms"):
+        select(pool, adapter="full", train_norms=True, base_parameters=1000)
 
 
 def test_a_budget_with_proportional_ranks_reaches_as_many_modules_as_it_pays_for():

@@ -15,7 +15,7 @@ from models import vit_name
 from peft import PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from plastic_peft import PlasticityConfig, measure_plasticity, save_adapter
+from plastic_peft import PlasticityConfig, export_lora, measure_plasticity, save_adapter
 from plastic_peft.report import PlasticityReport
 
 
@@ -100,7 +100,7 @@ def test_full_adapters_unmerge_bit_for_bit(report):
 
 def test_only_selection_and_head_are_trained(report):
     """Without it the budget would not be what is trained, or the new head would stay untrained."""
-    for options in ({"budget": 5000}, {"adapter": "full", "top_k": 1}):
+    for options in ({"budget": 5000}, {"budget": 1000}, {"top_k": 1}, {"adapter": "full", "top_k": 1}):
         model = adapted(report, **options)
         trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         head = sum(n for name, n in trained.items() if "classifier.modules_to_save" in name)
@@ -115,6 +115,26 @@ def test_a_budget_counts_what_is_trained_beside_the_ranks(report, extra, ranks):
     model = adapted(report, budget=3000, **extra, **ranks)
     trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     assert 2000 < trained <= 3000
+
+
+def test_norms_are_trained_beside_lora_and_saved_with_it(report, tmp_path):
+    """Without it the norms that a budget pays for would stay frozen, or get lost between sessions and in an export."""
+    pixels = torch.randn(2, 3, 32, 32)
+    model = adapted(report, budget=5000)
+    norms = report.select(budget=5000).norms
+    assert len(norms) == 8 and set(norms) < set(model.peft_config["default"].modules_to_save)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    changed = logits(model, pixels)
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["peft_type"] == "LORA"
+    for folder in ("adapter", "plain"):
+        again = PeftModel.from_pretrained(models.transformers_model("vit"), tmp_path / folder).eval()
+        assert torch.allclose(logits(again, pixels), changed, atol=1e-6)
+    assert torch.allclose(logits(model.merge_and_unload(), pixels), changed, atol=1e-5)
 
 
 def test_ranks_and_alphas_given_by_pattern_win(report):
@@ -154,7 +174,7 @@ def test_without_anything_it_measures_and_says_so():
     """Without it a config without report would adapt nothing, or measure without a word."""
     with pytest.warns(UserWarning, match="measuring on synthetic images"):
         model = get_peft_model(models.transformers_model("vit"), PlasticityConfig(budget=0.1))
-    assert model.targeted_module_names and model.peft_config["default"].modules_to_save == ["classifier"]
+    assert model.targeted_module_names and model.peft_config["default"].modules_to_save[0] == "classifier"
 
 
 def test_explicit_targets_win():
@@ -170,7 +190,7 @@ def test_the_head_is_found_beside_explicit_targets(family):
     names = [name for name, _ in model.named_modules() if name.endswith(("fc1", "intermediate.dense"))]
     config = PlasticityConfig(target_modules=names, modules_to_save=["auto", "layernorm"])
     get_peft_model(model, config)
-    assert config.modules_to_save == ["layernorm", "classifier"]
+    assert config.modules_to_save == ["classifier", "layernorm"]
 
 
 def test_options_beside_explicit_targets_are_said_to_be_idle(report):

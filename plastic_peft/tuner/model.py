@@ -300,8 +300,8 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         chosen = config.selected_modules or {}
         # a head that was asked for by name is adapted instead
         head = [name for name in _head(config, model, modules, structure) if name not in chosen]
-        named = [name for name in config.modules_to_save or () if name != "auto"]
-        config.modules_to_save = list(dict.fromkeys([*named, *head])) or None
+        saved = [part for name in config.modules_to_save or () for part in (head if name == "auto" else [name])]
+        config.modules_to_save = list(dict.fromkeys(saved)) or None
         if head:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(head))
     for name, module in modules.items():
@@ -383,6 +383,8 @@ def _innermost(names: list[str]) -> list[str]:
 def _apply(config: PlasticityConfig, selection: Selection) -> None:
     config.selected_modules = dict(selection.scores)
     config.target_modules = set(selection.scores)  # type: ignore[assignment]
+    if selection.norms:
+        config.modules_to_save = [*(config.modules_to_save or ()), *selection.norms]
     scaling = math.sqrt if config.use_rslora else float
     alphas = {name: config.lora_alpha * scaling(rank) / scaling(config.r) for name, rank in selection.ranks.items()}
     # what the user gave by pattern wins over what the selection says
