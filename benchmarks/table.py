@@ -87,14 +87,19 @@ def pairs(data: dict[str, Any]) -> str:
     rows = [
         {
             "selection": r["policy"],
-            "worst of the seeds that settled": r["worst"] if r["worst"] is not None else "none settled",
-            f"seeds still wrong after {settings['pairs_per_seed']} pairs": r["missed"],
+            "pairs needed, median": f"{r['needed_median']:.0f}" if r["needed_median"] else "",
+            "worst": r["needed_worst"] or "",
+            f"not within {settings['pairs_per_seed']}": r["not_within_draw"],
+            "rule stopped": f"{r['stopped']} of {settings['seeds']}",
+            "median": f"{r['stopped_median']:.0f}" if r["stopped_median"] else "",
+            "wrong": r["wrong_when_stopped"],
         }
         for r in data["results"]
     ]
     text = (
         f"Pairs after which a selection equals that of all {settings['pairs']:,} pairs and stays so, for {settings['seeds']} "
-        f"disjoint draws, in steps of {settings['step']}.\n\n"
+        f"disjoint draws, in steps of {settings['step']}; and where the stopping rule (tolerance 0.05, confidence 0.95, "
+        "selection given) stopped within its draw, and how often that selection was another one.\n\n"
     )
     ranking = ", ".join(f"{role} {v['mean']:.3f} (shift {v['shift']:.3f})" for role, v in settings["ranking"].items())
     return text + markdown(rows) + f"\n\nMeans over all pairs: {ranking}."

@@ -8,14 +8,24 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional
 
 import datasets
 import torch
 from transformers import TrainingArguments
 
-from .data import DIGITS, load_images
+from .data import (
+    DIGITS,
+    _checked_images,
+    _class_labels,
+    _load,
+    _named_columns,
+    _only_split,
+    find_image_column,
+    find_label_column,
+    load_images,
+)
 from .report import PlasticityReport
 from .selection import check_options
 from .tuner import PlasticityConfig
@@ -128,10 +138,8 @@ class ModelArguments:
 
 
 @dataclass
-class ImageArguments:
-    """Which images are measured."""
-
-    _argument_group_name = "Which images"
+class DatasetArguments:
+    """Which data set."""
 
     dataset_name: Optional[str] = field(
         default=None,
@@ -140,16 +148,22 @@ class ImageArguments:
         },
     )
     dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the training images."})
     image_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the images, if not obvious."})
-    max_train_samples: Optional[int] = field(
-        default=None, metadata={"help": "Take this many random training images, by --split_seed."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of cuts of the images."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of splits that are cut, and of samples."})
     corrupt_images: Literal["refuse", "skip", "unchecked"] = field(
         default="refuse",
         metadata={"help": "Stop at images that cannot be decoded, leave them out, or do not look for them."},
     )
+
+
+@dataclass
+class ImageArguments(DatasetArguments):
+    """Which images are measured."""
+
+    _argument_group_name = "Which images"
+
+    train_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the training images."})
+    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Take this many random training images."})
     source_name: Optional[str] = field(
         default=None,
         metadata={
@@ -163,27 +177,35 @@ class ImageArguments:
 
 
 @dataclass
-class DataArguments(ImageArguments):
+class LabelledArguments(DatasetArguments):
+    """Which images are evaluated on."""
+
+    test_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the test images."})
+    label_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the labels, if not obvious."})
+    train_val_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing validation split."})
+    test_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing test split."})
+    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on this many random images."})
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "max_eval_samples")
+        _check_shares(self, "train_val_split", "test_split")
+
+
+@dataclass
+class DataArguments(LabelledArguments, ImageArguments):
     """Which images it is fine-tuned on."""
 
     _argument_group_name = "Which images"
 
     validation_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the validation images."})
-    test_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the test images."})
-    label_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the labels, if not obvious."})
-    train_val_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing validation split."})
-    test_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing test split."})
-    max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "Evaluate on this many random images, by --split_seed."}
-    )
     augment: Literal["auto", "none", "flip", "crop"] = field(
         default="auto",
         metadata={"help": "Mirror images at random, and crop them; 'auto' is 'crop', and 'none' for digits."},
     )
 
     def __post_init__(self) -> None:
-        _check_counts(self, "max_train_samples", "max_eval_samples")
-        _check_shares(self, "train_val_split", "test_split")
+        LabelledArguments.__post_init__(self)
+        ImageArguments.__post_init__(self)
 
     def load(self, **options: Any) -> datasets.DatasetDict:
         """The splits; arguments and errors as in `plastic_peft.data.load_images`."""
@@ -211,6 +233,46 @@ class DataArguments(ImageArguments):
         if self.augment != "auto":
             return self.augment
         return "none" if self.dataset_name == DIGITS else "crop"
+
+
+@dataclass
+class EvaluationArguments(LabelledArguments):
+    """Which images an adapter is evaluated on."""
+
+    _argument_group_name = "Which images"
+
+    split: Literal["train", "validation", "test"] = field(
+        default="test", metadata={"help": "Which split of --dataset_name; one that is missing is cut as in training."}
+    )
+
+    def load(self, **options: Any) -> datasets.Dataset:
+        """The images with their labels; arguments and errors as in `plastic_peft.data.load_images`."""
+        if (self.dataset_name is None) == (self.test_dir is None):
+            raise ValueError("Say which images to evaluate on: either --dataset_name or --test_dir.")
+        if self.test_dir is not None:
+            images = _labelled_images(self.test_dir, self, **options)
+        else:
+            values = {f.name: getattr(self, f.name) for f in fields(LabelledArguments)}
+            # images that are left out before a split is cut make another cut; otherwise only its own need be looked at
+            checked = self.corrupt_images == "skip"
+            values |= {"max_eval_samples": None, "corrupt_images": "skip" if checked else "unchecked"}
+            images = DataArguments(**values).load(**options)[self.split]
+            if self.corrupt_images == "refuse":
+                images = _checked_images(images, self.split, "refuse")
+        return at_most(self.max_eval_samples, images, self.split_seed)
+
+
+def _labelled_images(name: str, arguments: LabelledArguments, **options: Any) -> datasets.Dataset:
+    """The only split of a source, with its labels."""
+    images = _only_split(_load(name, arguments.dataset_config_name, arguments.image_column_name, options), name)
+    columns = {
+        "image": arguments.image_column_name or find_image_column(images),
+        "label": arguments.label_column_name or find_label_column(images),
+    }
+    images = _class_labels({"train": _named_columns(images, "train", columns)})["train"]
+    return (
+        images if arguments.corrupt_images == "unchecked" else _checked_images(images, "test", arguments.corrupt_images)
+    )
 
 
 def at_most(limit: int | None, images: datasets.Dataset, seed: int) -> datasets.Dataset:
@@ -247,26 +309,10 @@ class ReportArguments:
 
 
 @dataclass
-class MeasurementArguments:
-    """How plasticity is measured."""
-
-    _argument_group_name = "How plasticity is measured"
-
-    inputs: Literal["hidden", "embedding"] = field(
-        default="hidden", metadata={"help": "Measure components on what they receive, or all on the embedding."}
-    )
-    max_pairs: int = field(default=12_800, metadata={"help": "Measure at most this many pairs of images."})
-    tolerance: float = field(default=0.05, metadata={"help": "Stop when every interval is this narrow (relative)."})
-    confidence: float = field(default=0.95, metadata={"help": "Confidence of the intervals."})
-    measure_batch_size: int = field(default=32, metadata={"help": "Pairs per batch over all processes."})
-    measure_seed: int = field(default=0, metadata={"help": "Seed of the pairs."})
-
-
-@dataclass
 class SelectionArguments:
-    """Which modules are selected; a measurement goes on until this selection is settled."""
+    """Which modules are selected."""
 
-    _argument_group_name = "Which modules are selected (a measurement goes on until that is settled)"
+    _argument_group_name = "Which modules are selected"
 
     adapter: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "LoRA on the selected modules, or training of their own weights."}
@@ -296,6 +342,12 @@ class SelectionArguments:
         default=None, metadata={"help": "Rank r everywhere, or ranks in proportion to scores (default for a budget)."}
     )
     r: int = field(default=8, metadata={"help": "LoRA rank, where no budget decides the ranks."})
+    train_norms: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Train the norms in full beside LoRA; by default where they cost at most half of the budget."
+        },
+    )
 
     def __post_init__(self) -> None:
         # before anything is measured
@@ -305,26 +357,28 @@ class SelectionArguments:
     def selection_options(self) -> dict[str, Any]:
         """Options of `PlasticityReport.select`."""
         names = ("top_k", "fraction", "threshold", "granularity", "within", "signal", "order", "rank_allocation")
-        options = {name: getattr(self, name) for name in (*names, "adapter", "r")}
+        options = {name: getattr(self, name) for name in (*names, "adapter", "r", "train_norms")}
         return {**options, "budget": _number(self.budget), "seed": self.selection_seed}
 
 
-def _number(budget: str | float | None) -> int | float | None:
-    """A budget as a number: a whole one above 1 counts parameters, however it is written."""
-    if not isinstance(budget, str):
-        return budget
-    text = budget.replace("_", "")
-    try:
-        number: int | float = int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise ValueError(
-            f"budget={budget!r} is no number: pass parameters such as 20000, or a share such as 0.01."
-        ) from None
-    return int(number) if number > 1 and number == number // 1 else number
+@dataclass
+class MeasurementArguments(SelectionArguments):
+    """How plasticity is measured, and until which selection is settled."""
+
+    _argument_group_name = "How plasticity is measured, and until which selection is settled"
+
+    inputs: Literal["hidden", "embedding"] = field(
+        default="hidden", metadata={"help": "Measure components on what they receive, or all on the embedding."}
+    )
+    max_pairs: int = field(default=12_800, metadata={"help": "Measure at most this many pairs of images."})
+    tolerance: float = field(default=0.05, metadata={"help": "Stop when every interval is this narrow (relative)."})
+    confidence: float = field(default=0.95, metadata={"help": "Confidence of the intervals."})
+    measure_batch_size: int = field(default=32, metadata={"help": "Pairs per batch over all processes."})
+    measure_seed: int = field(default=0, metadata={"help": "Seed of the pairs."})
 
 
 @dataclass
-class PlasticityArguments(SelectionArguments, MeasurementArguments, ReportArguments):
+class PlasticityArguments(MeasurementArguments, ReportArguments):
     """How plasticity is measured, and which modules are adapted in which way."""
 
     _argument_group_name = "How plasticity is measured, and which modules are adapted in which way"
@@ -348,15 +402,30 @@ class PlasticityArguments(SelectionArguments, MeasurementArguments, ReportArgume
         return PlasticityConfig(plasticity=report, **{**options, **settled})
 
 
+def _number(budget: str | float | None) -> int | float | None:
+    """A budget as a number: a whole one above 1 counts parameters, however it is written."""
+    if not isinstance(budget, str):
+        return budget
+    text = budget.replace("_", "")
+    try:
+        number: int | float = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(
+            f"budget={budget!r} is no number: pass parameters such as 20000, or a share such as 0.01."
+        ) from None
+    return int(number) if number > 1 and number == number // 1 else number
+
+
 def as_noted(*arguments: Any) -> dict[str, Any]:
     """What decides the result of a run, ready for JSON.
 
     Args:
         arguments: Dataclasses of this module, and mappings such as that of `deciding`.
     """
-    beside = ("cache_dir", "token", "track_every")
     values: dict[str, Any] = {}
     for argument in arguments:
         values |= argument if isinstance(argument, Mapping) else vars(argument)
-    kept = {name: value for name, value in values.items() if name not in beside}
-    return dict(json.loads(json.dumps(kept)))
+    # the run keeps a copy of a report, which counts and not where it came from
+    values["given_report"] = values.pop("report", None) is not None
+    beside = ("cache_dir", "token", "track_every")
+    return dict(json.loads(json.dumps({name: value for name, value in values.items() if name not in beside})))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
+from .components import named_leaves
 from .embedded import NAME, portable_name
 from .report import LABELS, PlasticityReport
 
@@ -35,7 +38,8 @@ def model_card(
         peft_model: The model with the adapter.
         report: Its plasticity report; defaults to the one that the selection was made from, if it is at hand.
         metrics: Results by name, such as `{"accuracy": 0.93}`; with `dataset` they become the card's evaluation results.
-        dataset: Name of the data set, on the Hub or else.
+        dataset: Name of the data set: its id on the Hub (`user/name`), or a path, of which the card shows the last
+            part.
         license: Licence of the adapter, as the Hub spells it; `None` leaves it open.
         repo_id: Where the adapter will be, for the code that loads it; `None` writes a placeholder.
         adapter_name: Which adapter of the model.
@@ -48,14 +52,15 @@ def model_card(
     report = report if report is not None else getattr(config, "report", None)
     base_config = getattr(peft_model.get_base_model(), "config", None)
     base = portable_name(config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", ""))
+    trained_on = _public_name(dataset)
     labels = getattr(base_config, "id2label", None)
     names = [str(labels[index]) for index in sorted(labels)] if labels else []
     title = (repo_id or "plasticity adapter").rpartition("/")[2]
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=trained_on if _is_hub_id(dataset) else "local",
+            dataset_name=trained_on,
             metric_type=name,
             metric_value=float(value),
         )
@@ -63,8 +68,8 @@ def model_card(
         if dataset
     ]
     data = ModelCardData(
-        base_model=base if base != NAME and _is_repo_id(base) else None,
-        datasets=dataset if _is_repo_id(dataset) else None,
+        base_model=base if _is_hub_id(base) else None,
+        datasets=dataset if _is_hub_id(dataset) else None,
         eval_results=results or None,
         library_name="peft",
         license=license,
@@ -74,18 +79,27 @@ def model_card(
         tags=list(dict.fromkeys([*TAGS, *tags])),
     )
     kind = "low-rank adapters" if config.adapter == "lora" else "the weights"
+    whole = f", and the whole weights of {_saved(config)}" if config.modules_to_save else ""
     sections = [
         f"# {title}",
-        f"An adapter for `{base or 'an image classifier'}`{f', trained on {dataset}' if dataset else ''}. It holds {kind} of "
-        "the modules that a measurement of plasticity selected, and the classification head. Made with `plastic_peft`.",
-        _metrics(metrics, dataset),
+        f"An adapter for `{_public_name(base) or 'an image classifier'}`{f', trained on {trained_on}' if dataset else ''}. "
+        f"It holds {kind} of {_choice(config)}{whole}. Made with `plastic_peft`.",
+        _metrics(metrics, trained_on),
         _labels(names),
         _plasticity(report),
-        _modules(config),
-        _usage(repo_id or "user/name", base or "base/model", len(names), config.adapter),
+        _modules(config, _ranks(peft_model, adapter_name)),
+        _usage(repo_id or "user/name", base, len(names), config.adapter),
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=True)
+
+
+def _choice(config: Any) -> str:
+    if not config.selected_modules:
+        return "modules chosen by name"
+    if config.order == "random":
+        return "modules chosen at random"
+    return f"modules selected by {config.signal or 'scores given by hand'}, the {config.order} first"
 
 
 def _metrics(metrics: Mapping[str, float] | None, dataset: str | None) -> str:
@@ -107,41 +121,77 @@ def _labels(names: list[str]) -> str:
 def _plasticity(report: PlasticityReport | None) -> str:
     if report is None:
         return ""
-    lines = [
-        "## Plasticity",
-        "",
-        "The mean rate of change of each component over its blocks; a high one means that the component reacts strongly "
-        f"to its inputs. Measured with {report.inputs} inputs on {report.pairs} pairs.",
-        "",
-        "| component | blocks | parameters | plasticity | lowest | highest |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for role, row in report.by_role().iterrows():
-        name = LABELS.get(str(role), str(role))
-        lines.append(
-            f"| {name} | {int(row.blocks)} | {int(row.parameters):,} | {row['mean']:.4g} | {row.lowest:.4g} | {row.highest:.4g} |"
+    roles = report.by_role()
+    if report.inputs == "bounds":
+        text = "Upper bounds of the rate of change of each component over its blocks, computed from the weights alone."
+    else:
+        text = (
+            "The mean rate of change of each component over its blocks; a high one means that the component reacts "
+            f"strongly to its inputs. Measured with {report.inputs} inputs on {report.pairs} pairs."
         )
-    return "\n".join([*lines, "", "![Plasticity over depth](plasticity.png)"])
-
-
-def _modules(config: Any) -> str:
-    chosen = config.selected_modules
-    targets = config.target_modules
-    listed = (
-        [f"- `{name}` ({score:.4g})" for name, score in chosen.items()]
-        if chosen
-        else [f"- `{name}`" for name in ([targets] if isinstance(targets, str) else sorted(targets or ()))]
+    columns = {"plasticity": "mean", "lowest": "lowest", "highest": "highest"}
+    if roles["shift"].notna().all():
+        text += " Shift is the rate between source and target images over the rate among source images."
+        columns["shift"] = "shift"
+    lines = [
+        f"| {LABELS.get(str(role), str(role))} | {int(row.blocks)} | {int(row.parameters):,} | "
+        + " | ".join(f"{row[column]:.4g}" for column in columns.values())
+        + " |"
+        for role, row in roles.iterrows()
+    ]
+    return "\n".join(
+        [
+            f"## Plasticity\n\n{text}\n",
+            f"| component | blocks | parameters | {' | '.join(columns)} |",
+            f"| --- {'| ---: ' * (2 + len(columns))}|",
+            *lines,
+            "\n![Plasticity over depth](plasticity.png)",
+        ]
     )
-    saved = ", ".join(f"`{name}`" for name in config.modules_to_save or ())
-    rank = f" of rank {config.r}" if config.adapter == "lora" else ""
-    head = f"{len(listed)} modules with an adapter{rank}" + (f", and {saved} trained in full" if saved else "")
+
+
+def _ranks(peft_model: PeftModel, adapter_name: str) -> dict[str, int | None]:
+    """The modules that the adapter sits on, with their ranks as they are in the model; whole weights have none."""
+    ranks: dict[str, int | None] = {}
+    for name, module, _ in named_leaves(peft_model.get_base_model()):
+        if adapter_name in getattr(module, "lora_full", ()):
+            ranks[name] = None
+        elif isinstance(module, LoraLayer) and adapter_name in module.r:
+            ranks[name] = module.r[adapter_name]
+    return ranks
+
+
+def _modules(config: Any, ranks: Mapping[str, int | None]) -> str:
+    scores = config.selected_modules or {}
+    used = sorted({rank for rank in ranks.values() if rank is not None})
+    listed = []
+    for name in scores or sorted(ranks):
+        facts = [f"score {scores[name]:.4g}"] if name in scores else []
+        facts += [f"rank {ranks[name]}"] if len(used) > 1 and name in ranks else []
+        listed.append(f"- `{name}`" + (f" ({', '.join(facts)})" if facts else ""))
+    head = "1 module" if len(listed) == 1 else f"{len(listed)} modules"
+    if used:
+        head += f" with an adapter of rank {used[0]}" + (f" to {used[-1]}" if len(used) > 1 else "")
+    else:
+        head += " with trained weights"
+    if config.modules_to_save:
+        head += f", and {_saved(config)} trained in full"
+        listed += [f"- `{name}` (trained in full)" for name in config.modules_to_save]
     return "\n".join(["## Selected modules", "", f"<details><summary>{head}</summary>", "", *listed, "", "</details>"])
 
 
+def _saved(config: Any) -> str:
+    first, *others = config.modules_to_save
+    more = f" and {len(others)} {'other' if len(others) == 1 else 'others'}" if others else ""
+    return f"`{first}`{more}"
+
+
 def _usage(repo_id: str, base: str, labels: int, adapter: str) -> str:
-    build = (
-        f'AutoModelForImageClassification.from_pretrained("{base}", num_labels={labels}, ignore_mismatched_sizes=True)'
-    )
+    public = base == NAME or _is_hub_id(base)
+    source = base if public else f"path/to/{_public_name(base) or 'base_model'}"
+    where = "" if public else f', base_model="{source}"'
+    note = "" if public else "The base model is not on the Hub: `base_model` is the folder that holds it.\n\n"
+    build = f'AutoModelForImageClassification.from_pretrained("{source}", num_labels={labels}, ignore_mismatched_sizes=True)'
     imports = (
         "import plastic_peft\nfrom peft import PeftModel\nfrom transformers import AutoModelForImageClassification"
     )
@@ -150,11 +200,11 @@ def _usage(repo_id: str, base: str, labels: int, adapter: str) -> str:
         imports = "from peft import PeftModel\nfrom plastic_peft import load_vit_nano"
     text = f"""## How to load it
 
-```python
+{note}```python
 from transformers import pipeline
 from plastic_peft import AutoPlasticModelForImageClassification
 
-model = AutoPlasticModelForImageClassification.from_pretrained("{repo_id}")
+model = AutoPlasticModelForImageClassification.from_pretrained("{repo_id}"{where})
 classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
 ```
 
@@ -184,9 +234,17 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def _is_repo_id(name: str | None) -> bool:
+def _is_hub_id(name: str | None) -> bool:
+    """Is it `user/name`, and not a folder here that is called so?"""
     try:
         validate_repo_id(name or "/")
     except HFValidationError:
         return False
-    return True
+    return "/" in str(name) and not Path(str(name)).exists()
+
+
+def _public_name(name: str | None) -> str:
+    """A name as others are to read it: of paths of the author's machine, the last part only."""
+    if not name or _is_hub_id(name):
+        return name or ""
+    return Path(name).resolve().name

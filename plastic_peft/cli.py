@@ -1,4 +1,4 @@
-"""The command `plastic-peft`: measure, select, train, compare, predict, export, inspect.
+"""The command `plastic-peft`: measure, select, train, compare, evaluate, predict, export, inspect.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 for success, 2 for what the caller can
 mend (a wrong flag, file or image; one line says what), 1 for anything unexpected, with a traceback.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -15,20 +16,25 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Optional
 
-from .faults import explained
+from .faults import check_writable, explained
 
 
 if TYPE_CHECKING:
+    from transformers import HfArgumentParser, TrainingArguments
+
     from .report import PlasticityReport
 
 
 PROGRAM = "plastic-peft"
+_About = Mapping[str, str]
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_SHOWN_CLASSES = 20
 
 
 # --- arguments of the subcommands --------------------------------------------------------------------------------------
@@ -45,6 +51,8 @@ class Output:
 class MeasureOutput(Output):
     """Where the measurement goes."""
 
+    _argument_group_name = "Where the measurement goes"
+
     output: str = field(default="plasticity_report.json", metadata={"help": "File of the report."})
     plot: Optional[str] = field(default=None, metadata={"help": "Also draw it, as .png, .svg or .pdf."})
 
@@ -53,6 +61,8 @@ class MeasureOutput(Output):
 class SelectOutput(Output):
     """Where the selection goes."""
 
+    _argument_group_name = "Where the selection goes"
+
     output: Optional[str] = field(default=None, metadata={"help": "Also write the selection to this JSON file."})
 
 
@@ -60,14 +70,21 @@ class SelectOutput(Output):
 class Run(Output):
     """How the run is started."""
 
+    _argument_group_name = "How the run is started"
+
     start_over: bool = field(
-        default=False, metadata={"help": "Remove an earlier run from output_dir, instead of resuming it."}
+        default=False,
+        metadata={
+            "help": "Remove an earlier run from output_dir, instead of resuming it (--overwrite_output_dir does so too)."
+        },
     )
 
 
 @dataclass
-class Comparison(Output):
+class Comparison(Run):
     """What is compared."""
+
+    _argument_group_name = "What is compared"
 
     methods: list[str] = field(
         default_factory=lambda: ["highest", "random", "all-linear"],
@@ -77,40 +94,87 @@ class Comparison(Output):
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of training."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3], metadata={"help": "Learning rates; each method gets its best on validation."}
+    learning_rates: Optional[list[float]] = field(
+        default=None,
+        metadata={"help": "Learning rates; each method gets its best on validation. By default --learning_rate."},
     )
 
 
 @dataclass
-class Prediction(Output):
-    """What is predicted."""
+class Adapter(Output):
+    """Which adapter."""
 
     adapter: str = field(default="", metadata={"help": "Folder or Hub id of the adapter."})
-    images: str = field(default="", metadata={"help": "An image, a folder of images, a data file, or a data set."})
     base_model: Optional[str] = field(default=None, metadata={"help": "Another base model than the adapter names."})
-    output: Optional[str] = field(default=None, metadata={"help": "Write to this .csv or .json file."})
-    top: int = field(default=3, metadata={"help": "How many labels to give per image."})
-    batch_size: int = field(default=32, metadata={"help": "Images per forward pass."})
-    device: Optional[str] = field(default=None, metadata={"help": "Such as cuda or cpu; by default a GPU if any."})
+    token: Optional[str] = field(default=None, metadata={"help": "Token for the Hub; by default the stored login."})
+
+    def load(self) -> Any:
+        from .hub import AutoPlasticModelForImageClassification
+
+        _require(self, "adapter")
+        return AutoPlasticModelForImageClassification.from_pretrained(
+            self.adapter, base_model=self.base_model, token=self.token
+        )
 
 
 @dataclass
-class Export(Output):
+class Inference(Adapter):
+    """Which adapter, and where it runs."""
+
+    batch_size: int = field(default=32, metadata={"help": "Images per forward pass."})
+    device: Optional[str] = field(default=None, metadata={"help": "Such as cuda or cpu; by default a GPU if any."})
+
+    def load(self) -> Any:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size {self.batch_size} must be at least 1.")
+        device = _usable_device(self.device)
+        return super().load().to(device)
+
+
+@dataclass
+class Evaluation(Inference):
+    """What is evaluated."""
+
+    _argument_group_name = "Which adapter"
+
+    output: Optional[str] = field(default=None, metadata={"help": "Also write the result to this JSON file."})
+
+
+@dataclass
+class Prediction(Inference):
+    """What is predicted."""
+
+    _argument_group_name = "What is predicted"
+
+    images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Images, folders of images, data files, or data sets on the Hub; one or several."},
+    )
+    corrupt_images: Literal["refuse", "skip"] = field(
+        default="refuse", metadata={"help": "Stop at images that cannot be decoded, or leave them out."}
+    )
+    output: Optional[str] = field(default=None, metadata={"help": "Write to this .csv or .json file."})
+    top: int = field(default=3, metadata={"help": "How many labels to give per image."})
+
+
+@dataclass
+class Export(Adapter):
     """What is exported."""
 
-    adapter: str = field(default="", metadata={"help": "Folder or Hub id of the adapter."})
+    _argument_group_name = "What is exported"
+
     output_dir: str = field(default="", metadata={"help": "Folder to write to."})
     format: Literal["lora", "merged"] = field(
         default="lora",
         metadata={"help": "A plain LoRA adapter for peft alone, or the model with the adapter merged in."},
     )
-    base_model: Optional[str] = field(default=None, metadata={"help": "Another base model than the adapter names."})
 
 
 @dataclass
 class Inspection(Output):
     """What is inspected."""
+
+    _argument_group_name = "What is inspected"
 
     adapter: str = field(default="", metadata={"help": "Folder or Hub id of the adapter."})
 
@@ -118,32 +182,41 @@ class Inspection(Output):
 # --- subcommands -------------------------------------------------------------------------------------------------------
 
 
-def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def measure(argv: Sequence[str], about: _About) -> str:
     import torch
     from accelerate import PartialState
 
-    from . import train
+    from . import arguments, train
     from .data import load_unlabelled
 
-    model_args, data_args, plasticity_args, output = _parse(
-        parser, argv, train.ModelArguments, train.DataArguments, train.PlasticityArguments, MeasureOutput
+    model_args, image_args, measurement, output = _parse(
+        about, argv, arguments.ModelArguments, arguments.ImageArguments, arguments.MeasurementArguments, MeasureOutput
     )
-    name = data_args.dataset_name or data_args.train_dir
-    if not name:
-        raise ValueError("Say which images to measure on: --dataset_name or --train_dir.")
-    _check_writable("--output", Path(output.output).parent)
+    name = image_args.dataset_name or image_args.train_dir
+    if not name or (image_args.dataset_name and image_args.train_dir):
+        raise ValueError("Say which images to measure on: either --dataset_name or --train_dir.")
+    check_writable(Path(output.output).parent, "--output")
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():
-        images = load_unlabelled(name, split="train")
+        images = load_unlabelled(
+            name,
+            split="train",
+            config=image_args.dataset_config_name,
+            image_column=image_args.image_column_name,
+            corrupt=image_args.corrupt_images,
+            **model_args.download_options(),
+        )
+    images = arguments.at_most(image_args.max_train_samples, images, image_args.split_seed)
     model, processor = train.load_model(model_args)
     model.to(state.device)
-    report = train.measure(model, images, processor, plasticity_args, source=data_args.source_name, state=state)
+    report = train.measure(model, images, processor, measurement, source=image_args.source_name, state=state)
     if not state.is_main_process:
         return ""
     path = report.save(output.output)
     if output.plot:
         report.plot(output.plot)
-    roles = report.by_role()
+    # without source images there is no shift to show
+    roles = report.by_role().dropna(axis="columns", how="all")
     if output.json:
         return _json({"report": str(path), **_facts(report), "roles": json.loads(roles.to_json(orient="index"))})
     lines = [roles.to_string(float_format=lambda value: f"{value:.4g}"), ""]
@@ -151,34 +224,36 @@ def measure(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     return "\n".join(lines + [f"note: {note}" for note in report.notes])
 
 
-def select(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    from . import train
+def select(argv: Sequence[str], about: _About) -> str:
+    from . import arguments
     from .report import PlasticityReport, write_whole
 
-    plasticity_args, output = _parse(parser, argv, train.PlasticityArguments, SelectOutput)
-    if plasticity_args.report is None:
+    source, options, output = _parse(about, argv, arguments.ReportArguments, arguments.SelectionArguments, SelectOutput)
+    if source.report is None:
         raise ValueError("Say which report to select from: --report plasticity_report.json.")
-    report = PlasticityReport.load(plasticity_args.report)
-    selection = report.select(**plasticity_args.selection_options())
+    report = PlasticityReport.load(source.report)
+    selection = report.select(**options.selection_options())
     record = {
         "base_model": report.base_model,
         "parameters": selection.parameters,
         "share": selection.parameters / report.base_parameters,
         "units": list(selection.units),
         "modules": {n: {"score": s, "rank": selection.ranks.get(n)} for n, s in selection.scores.items()},
+        "norms": list(selection.norms),
     }
     if output.output:
         write_whole(Path(output.output), json.dumps(record, indent=1))
     if output.json:
         return _json(record)
     share = f"{record['share']:.2%} of {report.base_model}"
-    return f"{_modules(record)}\n\n{selection.parameters:,} trainable parameters without the head, {share}"
+    norms = f", with {len(selection.norms)} norms in full" if selection.norms else ""
+    return f"{_modules(record)}\n\n{selection.parameters:,} trainable parameters{norms}, without the head: {share}"
 
 
-def train(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def train(argv: Sequence[str], about: _About) -> str:
     from . import train as steps
 
-    model_args, data_args, plasticity_args, training_args, run = _parse_training(parser, argv, Run)
+    model_args, data_args, plasticity_args, training_args, run = _parse_training(about, argv, Run)
     result = steps.train(model_args, data_args, plasticity_args, training_args, start_over=run.start_over)
     if training_args.process_index != 0:
         return ""
@@ -186,23 +261,33 @@ def train(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
         return (Path(str(training_args.output_dir)) / steps.RESULTS_NAME).read_text(encoding="utf-8")
     modules = len(result.selection) or "the given"
     lines = [f"Adapted {modules} modules, {result.trainable:,} trainable parameters with the head."]
+    names = ["accuracy", "top5_accuracy", "macro_f1", "loss"]
+    if len(result.metrics["confusion_matrix"]) <= 5:
+        names.remove("top5_accuracy")
     for split, title in (("eval", "validation"), ("test", "test")):
-        names = ("accuracy", "top5_accuracy", "macro_f1", "loss")
         lines.append(f"{title}: " + ", ".join(f"{name} {result.metrics[f'{split}_{name}']:.4f}" for name in names))
     return "\n".join([*lines, f"The adapter is in {training_args.output_dir}"])
 
 
-def compare(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def compare(argv: Sequence[str], about: _About) -> str:
     from . import runs
 
-    model_args, data_args, plasticity_args, training_args, what = _parse_training(parser, argv, Comparison)
-    _check_writable("--output_dir", Path(training_args.output_dir))
+    model_args, data_args, plasticity_args, training_args, comparison = _parse_training(
+        about, argv, Comparison, _NOT_OF_COMPARE
+    )
     table = runs.compare(
-        what.methods, what.seeds, what.learning_rates, model_args, data_args, plasticity_args, training_args
+        comparison.methods,
+        comparison.seeds,
+        comparison.learning_rates or [training_args.learning_rate],
+        model_args,
+        data_args,
+        plasticity_args,
+        training_args,
+        start_over=comparison.start_over,
     )
     if training_args.process_index != 0:
         return ""
-    if what.json:
+    if comparison.json:
         return _json(table)
 
     def interval(mean: float, half: float | None) -> str:
@@ -217,25 +302,69 @@ def compare(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
             f"{interval(record['difference'], record['difference_half_width']):>20}"
         )
     where = f"{training_args.output_dir}/{runs.COMPARISON_NAME}"
-    return "\n".join([*lines, "", f"Test images, {len(what.seeds)} seeds, 95 % t intervals; written to {where}"])
+    return "\n".join([*lines, "", f"Test images, {len(comparison.seeds)} seeds, 95 % t intervals; written to {where}"])
 
 
-def predict(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def evaluate(argv: Sequence[str], about: _About) -> str:
+    from . import arguments
+    from . import train as steps
     from .report import write_whole
 
-    (what,) = _parse(parser, argv, Prediction)
-    _require(what, "adapter", "images")
-    if what.output and Path(what.output).suffix not in (".csv", ".json"):
-        raise ValueError(f"--output {what.output} must end in .csv or .json.")
-    if what.output:
-        _check_writable("--output", Path(what.output).parent)
-    rows = _predictions(what)
-    if what.output:
-        write_whole(Path(what.output), _csv(rows) if what.output.endswith(".csv") else _json(rows))
-    if what.json:
+    evaluation, image_args = _parse(about, argv, Evaluation, arguments.EvaluationArguments)
+    _require(evaluation, "adapter")
+    if evaluation.output:
+        check_writable(Path(evaluation.output).parent, "--output")
+    images = image_args.load(**({"token": evaluation.token} if evaluation.token else {}))
+    result = steps.evaluate(evaluation.load(), images, evaluation.batch_size)
+    if evaluation.output:
+        write_whole(Path(evaluation.output), _json(result))
+    if evaluation.json:
+        return _json(result)
+    names = [name for name in ("accuracy", "top5_accuracy", "macro_f1") if name in result]
+    shown = ", ".join(f"{name} {result[name]:.4f}" for name in names)
+    return f"{result['images']} images: {shown}\n\n{_confusion(result['labels'], result['confusion_matrix'])}"
+
+
+def _confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    """A table of the confusions, or the most frequent ones where there are too many classes for a table."""
+    if len(labels) <= _SHOWN_CLASSES:
+        cell = max(len(str(count)) for row in matrix for count in row) + 2
+        cell, width = max(cell, *(min(len(label), 10) + 2 for label in labels)), max(map(len, labels))
+        lines = ["Rows: true classes; columns: predicted ones."]
+        lines.append(" " * width + "".join(f"{label[:10]:>{cell}}" for label in labels))
+        for label, row in zip(labels, matrix, strict=True):
+            lines.append(f"{label:<{width}}" + "".join(f"{count:>{cell}}" for count in row))
+        return "\n".join(lines)
+    wrong = [
+        (count, true, predicted)
+        for true, row in zip(labels, matrix, strict=True)
+        for predicted, count in zip(labels, row, strict=True)
+        if count and true != predicted
+    ]
+    lines = ["Most frequent confusions (--json has the whole matrix):"]
+    return "\n".join(
+        lines + [f"{count:>6}  {true} taken for {predicted}" for count, true, predicted in sorted(wrong)[:-11:-1]]
+    )
+
+
+def predict(argv: Sequence[str], about: _About) -> str:
+    from .report import write_whole
+
+    (prediction,) = _parse(about, argv, Prediction)
+    _require(prediction, "adapter", "images")
+    if prediction.top < 1:
+        raise ValueError(f"--top {prediction.top} must be at least 1.")
+    if prediction.output and Path(prediction.output).suffix not in (".csv", ".json"):
+        raise ValueError(f"--output {prediction.output} must end in .csv or .json.")
+    if prediction.output:
+        check_writable(Path(prediction.output).parent, "--output")
+    rows = _predictions(prediction)
+    if prediction.output:
+        write_whole(Path(prediction.output), _csv(rows) if prediction.output.endswith(".csv") else _json(rows))
+    if prediction.json:
         return _json(rows)
-    if what.output:
-        return f"{len(rows)} predictions written to {what.output}"
+    if prediction.output:
+        return f"{len(rows)} predictions written to {prediction.output}"
     lines = []
     for row in rows:
         pairs = zip(row["labels"], row["probabilities"], strict=True)
@@ -254,47 +383,54 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _predictions(what: Prediction) -> list[dict[str, Any]]:
-    import torch
+def _predictions(prediction: Prediction) -> list[dict[str, Any]]:
+    from .data import load_unlabelled
+    from .train import predicted_logits
 
-    from .data import collate, load_unlabelled, with_pixels
-    from .hub import AutoPlasticModelForImageClassification
-
-    model: Any = AutoPlasticModelForImageClassification.from_pretrained(what.adapter, base_model=what.base_model)
-    images = load_unlabelled(what.images)
-    device = what.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    labels, top = model.config.id2label, min(what.top, len(model.config.id2label))
-    pixels = with_pixels(images.select_columns(["image"]), model.image_processor)
-    rows = []
-    names = images["file"][:]
-    for start in range(0, len(images), what.batch_size):
-        batch = collate([pixels[i] for i in range(start, min(start + what.batch_size, len(images)))])
-        with torch.inference_mode():
-            best = model(batch["pixel_values"].to(device)).logits.float().softmax(-1).topk(top)
-        for offset, (values, indices) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            found = {"labels": [labels[i] for i in indices], "probabilities": [round(v, 6) for v in values]}
-            rows.append({"file": names[start + offset], **found})
+    model = prediction.load()
+    sources = [
+        load_unlabelled(name, corrupt=prediction.corrupt_images, token=prediction.token) for name in prediction.images
+    ]
+    labels, top = model.config.id2label, min(prediction.top, len(model.config.id2label))
+    rows: list[dict[str, Any]] = []
+    for images in sources:
+        names = iter(images["file"][:])
+        for logits in predicted_logits(model, images, prediction.batch_size):
+            best = logits.softmax(-1).topk(top)
+            for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                found = {"labels": [labels[i] for i in indices], "probabilities": [round(v, 6) for v in values]}
+                rows.append({"file": next(names), **found})
     return rows
 
 
-def export(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def _usable_device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}): pass cpu, or leave it out.") from error
+    return name
+
+
+def export(argv: Sequence[str], about: _About) -> str:
     from .export import export_lora, export_merged
-    from .hub import AutoPlasticModelForImageClassification
 
-    (what,) = _parse(parser, argv, Export)
-    _require(what, "adapter", "output_dir")
-    _check_writable("--output_dir", Path(what.output_dir))
-    model = AutoPlasticModelForImageClassification.from_pretrained(what.adapter, base_model=what.base_model)
-    path = (export_lora if what.format == "lora" else export_merged)(model, what.output_dir)
-    return _json({"path": str(path), "format": what.format}) if what.json else f"Written to {path}"
+    (wanted,) = _parse(about, argv, Export)
+    _require(wanted, "adapter", "output_dir")
+    check_writable(Path(wanted.output_dir))
+    path = (export_lora if wanted.format == "lora" else export_merged)(wanted.load(), wanted.output_dir)
+    return _json({"path": str(path), "format": wanted.format}) if wanted.json else f"Written to {path}"
 
 
-def inspect(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    (what,) = _parse(parser, argv, Inspection)
-    _require(what, "adapter")
-    record = _inspected(what.adapter)
-    if what.json:
+def inspect(argv: Sequence[str], about: _About) -> str:
+    (wanted,) = _parse(about, argv, Inspection)
+    _require(wanted, "adapter")
+    record = _inspected(wanted.adapter)
+    if wanted.json:
         return _json(record)
     lines = [
         f"base model    {record['base_model']}",
@@ -304,7 +440,7 @@ def inspect(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
     if "report" in record:
         facts = record["report"]
         lines += [f"measured      {facts['pairs']} pairs, {facts['inputs']} inputs, stopped: {facts['stopped']}", ""]
-        lines += ["role            adapted  of   mean score"]
+        lines += [f"role            adapted  of   mean {record['signal']}"]
         for role, entry in record["roles"].items():
             lines.append(f"{role:<15} {entry['adapted']:>7}  {entry['modules']:<4} {entry['score']:.4g}")
     return "\n".join([*lines, "", _modules(record)])
@@ -321,8 +457,7 @@ def _modules(record: dict[str, Any]) -> str:
 
 def _inspected(adapter: str) -> dict[str, Any]:
     """What an adapter adapts and why, from its JSON files alone."""
-    from .components import BLOCK_ROLES
-    from .report import REPORT_NAME, PlasticityReport
+    from .report import REPORT_NAME, PlasticityReport, default_signal
     from .untrusted import read_json, validate_adapter_config
 
     files = {name: _adapter_file(adapter, name) for name in ("adapter_config.json", REPORT_NAME)}
@@ -330,6 +465,9 @@ def _inspected(adapter: str) -> dict[str, Any]:
     if path is None:
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json: pass the folder or Hub id of an adapter.")
     config = validate_adapter_config(read_json(path))
+    saved = files[REPORT_NAME]
+    report = PlasticityReport.load(saved) if saved is not None else None
+    signal = config.get("signal") or (default_signal(report.rows) if report is not None else "plasticity")
     lora = config.get("adapter", "lora") == "lora"
     scores = config.get("selected_modules")
     ranks, rank = config.get("rank_pattern") or {}, config.get("r", 8)
@@ -337,26 +475,33 @@ def _inspected(adapter: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "base_model": config.get("base_model_name_or_path"),
         "adapter": config.get("adapter", "lora"),
-        "selected_by": f"{config.get('order', 'highest')} {config.get('signal') or 'plasticity'}" if scores else "name",
+        "selected_by": f"{config.get('order', 'highest')} {signal}" if scores else "name",
         "modules_to_save": config.get("modules_to_save") or [],
         "modules": {
             name: {"rank": ranks.get(name, rank) if lora else None, "score": (scores or {}).get(name)}
             for name in (scores or ([targets] if isinstance(targets, str) else sorted(targets)))
         },
     }
-    saved = files[REPORT_NAME]
-    if saved is not None:
-        report = PlasticityReport.load(saved)
-        record["report"] = _facts(report)
-        record["roles"] = {}
-        for role in BLOCK_ROLES:
-            rows = report.select_rows("module", role)
-            if rows:
-                components = [row.mean for row in report.select_rows("component", role)]
-                adapted = sum(row.name in record["modules"] for row in rows)
-                score = sum(components) / len(components)
-                record["roles"][role] = {"adapted": adapted, "modules": len(rows), "score": score}
+    if report is not None:
+        record |= {"report": _facts(report), "signal": signal, "roles": _roles(report, signal, record["modules"])}
     return record
+
+
+def _roles(report: PlasticityReport, signal: str, adapted: Mapping[str, Any]) -> dict[str, Any]:
+    """How many modules of each role are adapted, and the role's mean of the signal that selected them."""
+    from statistics import fmean
+
+    candidates = report.candidates(signal)
+    roles = {}
+    for role in dict.fromkeys(candidate.role for candidate in candidates):
+        members = [candidate for candidate in candidates if candidate.role == role]
+        score = fmean({(c.component, c.block): c.component_score for c in members}.values())
+        roles[role] = {
+            "adapted": sum(candidate.name in adapted for candidate in members),
+            "modules": len(members),
+            "score": score,
+        }
+    return roles
 
 
 # --- shared ------------------------------------------------------------------------------------------------------------
@@ -391,81 +536,147 @@ def _require(arguments: Any, *names: str) -> None:
             raise ValueError(f"--{name} is needed.")
 
 
-def _check_writable(flag: str, folder: Path) -> None:
-    """Fail before hours of work, not after them."""
-    folder = folder.absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        what = "read-only" if existing.is_dir() else "no folder"
-        raise OSError(f"{folder} cannot be written, as {existing} is {what}: choose another place with {flag}.")
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1)
 
 
-def _parse_training(parser: argparse.ArgumentParser, argv: Sequence[str], extra: type) -> tuple[Any, ...]:
-    from transformers import TrainingArguments
+# --- from flags to dataclasses -----------------------------------------------------------------------------------------
 
-    from . import train as steps
 
-    return _parse(
-        parser,
+_ALIASES = {"--overwrite_output_dir": "--start_over", "--overwrite-output-dir": "--start_over"}
+
+# training arguments of which one value only is honoured, and why
+_FIXED: dict[str, tuple[Any, str]] = {
+    "do_train": (True, "to evaluate an adapter without training it, use plastic-peft evaluate"),
+    "do_eval": (True, "validation images are always evaluated on"),
+    "do_predict": (True, "test images are always evaluated on"),
+    "remove_unused_columns": (False, "the trainer would drop the images"),
+    "label_names": (None, "the labels are in the column that --label_column_name says"),
+    "prediction_loss_only": (False, "accuracies need the predictions"),
+    "batch_eval_metrics": (False, "metrics are those of all images together"),
+    "eval_do_concat_batches": (True, "metrics are those of all images together"),
+    "hub_strategy": ("every_save", "the adapter is pushed once, when it is whole"),
+    "hub_always_push": (False, "the adapter is pushed once, when it is whole"),
+    "hub_revision": (None, "the adapter is pushed to the main branch"),
+}
+
+_NOT_OF_COMPARE = {
+    "seed": "pass --seeds",
+    "order": "name orders in --methods",
+    "target_modules": "name modules in --methods",
+    "resume_from_checkpoint": "the same command resumes by itself",
+    "push_to_hub": "repeat the best run with plastic-peft train, and push that",
+    "hub_model_id": "nothing is pushed",
+    "hub_token": "nothing is pushed",
+    "hub_private_repo": "nothing is pushed",
+}
+
+
+def _parse_training(
+    about: _About, argv: Sequence[str], kind: type[Run], refused: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
+    from . import arguments
+
+    argv = [_ALIASES.get(argument, argument) for argument in argv]
+    always = {name: value for name, (value, _) in _FIXED.items() if name.startswith("do_")}
+    parsed = _parse(
+        about,
         argv,
-        steps.ModelArguments,
-        steps.DataArguments,
-        steps.PlasticityArguments,
-        TrainingArguments,
-        extra,
-        defaults=steps.TRAINING_DEFAULTS,
+        kind,
+        arguments.ModelArguments,
+        arguments.DataArguments,
+        arguments.PlasticityArguments,
+        arguments.TrainingFlags,
+        defaults={**arguments.TRAINING_DEFAULTS, **always, "output_dir": ""},
+        refused=refused,
     )
+    run, *others, training_args = parsed
+    _check_fixed(training_args)
+    if not training_args.output_dir:
+        raise ValueError("--output_dir is needed: the folder of the run, which the same command resumes.")
+    return (*others, training_args, run)
+
+
+def _check_fixed(arguments: TrainingArguments) -> None:
+    for name, (value, why) in _FIXED.items():
+        if getattr(arguments, name, value) != value:
+            raise ValueError(f"--{name} can only be {value} here: {why}.")
 
 
 def _parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str], *kinds: type, defaults: dict[str, Any] | None = None
+    about: _About,
+    argv: Sequence[str],
+    *kinds: type,
+    defaults: Mapping[str, Any] | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Dataclasses from flags, and from a YAML or JSON file as the first argument, over which flags win."""
+    given = list(argv)
+    if given and not given[0].startswith("-"):
+        given = [*_config_flags(Path(given[0])), *given[1:]]
+    for flag in filter(None, map(_flag_name, given)):
+        if refused and flag in refused:
+            raise ValueError(f"--{flag} is no flag of {about['prog']}: {refused[flag]}.")
+    parser = _parser(about, kinds)
+    parser.set_defaults(**(defaults or {}))
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        given, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        _fail_on_unknown(about["prog"], unknown, [f.name for kind in kinds for f in fields(kind)])
+    return tuple(parsed)
+
+
+def _flag_name(argument: str) -> str:
+    """`train_dir` of `--train-dir=photos`, and nothing of what is no flag."""
+    return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+
+
+def _fail_on_unknown(program: str, unknown: Sequence[str], known: Sequence[str]) -> NoReturn:
+    from .report import nearest
+
+    name = _flag_name(unknown[0])
+    if name in ("config", "config_file") or unknown[0].endswith(_CONFIG_SUFFIXES):
+        raise ValueError(f"A config file comes first and without a flag: {program} config.yaml --flag value ...")
+    hint = nearest(f"--{name}", [f"--{other}" for other in known]) if name else ""
+    raise ValueError(f"{unknown[0].partition('=')[0]} is no flag of {program}.{hint} (see {program} --help)")
+
+
+def _parser(about: _About, kinds: Sequence[type]) -> HfArgumentParser:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            _fail(message, f"{parser.prog} --help")
+            raise ValueError(f"{message} (see {self.prog} --help)")
 
-    formatter = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    # a dataclass's docstring is the title of its flags in --help
-    for kind in kinds:
-        if kind.__module__.startswith("plastic_peft"):
-            kind._argument_group_name = (kind.__doc__ or "").strip().rstrip(".")  # type: ignore[attr-defined]
-    full = Parser(
+    parser = Parser(
         list(kinds),  # type: ignore[arg-type]
-        prog=parser.prog,
-        usage=f"{parser.prog} [config.yaml] [--flag value ...]",
-        description=parser.description,
-        epilog=parser.epilog,
-        formatter_class=formatter,
+        usage=f"{about['prog']} [config.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
+        **about,
     )
-    for action in full._actions:
-        # transformers 4 has flags of type dict, which reads no text
-        if get_origin(action.type) is dict:
-            action.type = json.loads
-    if defaults:
-        full.set_defaults(**defaults)
-        # the many flags of TrainingArguments are in the general group: show it last
-        full._optionals.title = "How it is trained (transformers.TrainingArguments)"
-        full._action_groups.append(full._action_groups.pop(full._action_groups.index(full._optionals)))
-    given = list(argv)
-    if given and not given[0].startswith("-"):
-        given = [*_config_flags(Path(given[0])), *given[1:]]
-    namespace, unknown = full.parse_known_args(given)
-    if unknown:
-        from .report import nearest
+    # transformers has flags of type dict, which reads no text
+    for kind in (dict, dict[str, Any], dict[str, bool]):
+        parser.register("type", kind, json.loads)
+    return parser
 
-        flag = unknown[0].partition("=")[0]
-        known = [option for action in full._actions for option in action.option_strings]
-        full.error(f"{flag} is no flag of {parser.prog}.{nearest(flag, known)}")
-    del namespace
-    return tuple(full.parse_args_into_dataclasses(given, look_for_args_file=False))
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Each flag once, though `--train-dir` is read like `--train_dir`, and defaults where there are any."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        # --flag False says what --no_flag does
+        if not (action.nargs == 0 and action.const is False):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
 def _config_flags(path: Path) -> list[str]:
@@ -493,15 +704,9 @@ def _config_flags(path: Path) -> list[str]:
     return flags
 
 
-def _fail(message: str, advice: str = "") -> NoReturn:
-    line = " ".join(message.split())
-    print(f"{PROGRAM}: {line}" + (f" (see {advice})" if advice else ""), file=sys.stderr)
-    raise SystemExit(2)
-
-
 @dataclass(frozen=True)
 class _Command:
-    run: Callable[[Sequence[str], argparse.ArgumentParser], str]
+    run: Callable[[Sequence[str], _About], str]
     summary: str
     examples: str
 
@@ -538,11 +743,17 @@ Flags after the first groups are those of transformers.TrainingArguments.""",
         """  plastic-peft compare --dataset_name digits --output_dir runs/compare --budget 20000 \\
       --methods highest lowest random q_proj,v_proj all-linear --seeds 0 1 2 --learning_rates 1e-3 3e-3""",
     ),
+    "evaluate": _Command(
+        evaluate,
+        "accuracy, macro F1 and confusions of an adapter on labelled images",
+        """  plastic-peft evaluate --adapter runs/photos --test_dir photos/test
+  plastic-peft evaluate --adapter runs/digits --dataset_name digits --split test --json""",
+    ),
     "predict": _Command(
         predict,
         "labels and probabilities for images",
         """  plastic-peft predict --adapter runs/photos --images new_photos/ --output labels.csv
-  plastic-peft predict --adapter user/adapter --images cat.jpg --top 1 --json""",
+  plastic-peft predict --adapter user/adapter --images cat.jpg dog.jpg --top 1 --json""",
     ),
     "export": _Command(
         export,
@@ -577,7 +788,8 @@ A day's work:
   plastic-peft predict --adapter runs/photos --images new_photos/ --output labels.csv
 
 `{PROGRAM} COMMAND --help` explains the flags of a command. Any command takes a YAML or JSON file of flags as its first
-argument. Exit codes: 0 success, 2 something to mend in the call or the data, 1 anything unexpected."""
+argument. Exit codes: 0 success, 2 something to mend in the call or the data, 1 anything unexpected; PLASTIC_PEFT_DEBUG=1
+shows where an error came from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -595,21 +807,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    command = COMMANDS.get(arguments[0])
     try:
-        if command is None:
-            _fail(f"{arguments[0]!r} is no command: choose {', '.join(COMMANDS)}.", f"{PROGRAM} --help")
-        parser = argparse.ArgumentParser(
-            prog=f"{PROGRAM} {arguments[0]}",
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"examples:\n{command.examples}",
-        )
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-        logging.getLogger("plastic_peft").setLevel(logging.INFO)
-        helping = "-h" in arguments or "--help" in arguments
-        # trainers and progress bars print too, and would get between the results
-        with explained(), contextlib.nullcontext() if helping else contextlib.redirect_stdout(sys.stderr):
-            result = command.run(arguments[1:], parser)
+        result = _run(arguments[0], arguments[1:])
         if result:
             print(result, flush=True)
     except BrokenPipeError:
@@ -625,10 +824,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("PLASTIC_PEFT_DEBUG"):
             traceback.print_exc()
-        with contextlib.suppress(SystemExit):
-            _fail(str(error))
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _run(name: str, argv: Sequence[str]) -> str:
+    command = COMMANDS.get(name)
+    if command is None:
+        raise ValueError(f"{name!r} is no command: choose {', '.join(COMMANDS)} (see {PROGRAM} --help)")
+    about = {
+        "prog": f"{PROGRAM} {name}",
+        "description": f"{command.summary[0].upper()}{command.summary[1:]}.",
+        "epilog": f"examples:\n{command.examples}",
+    }
+    if "-h" in argv or "--help" in argv:
+        return command.run(argv, about)
+    # trainers and progress bars print too, and would get between the results
+    with _messages(int(os.environ.get("RANK", 0))), explained(), contextlib.redirect_stdout(sys.stderr):
+        return command.run(argv, about)
+
+
+@contextlib.contextmanager
+def _messages(rank: int) -> Iterator[None]:
+    """Show what this package and its dependencies have to say to users, once for all processes, and nothing to developers."""
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("plastic_peft").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    if rank != 0:
+        transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        if rank != 0:
+            warnings.simplefilter("ignore")
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch|datasets)\b"
+        )
+        yield

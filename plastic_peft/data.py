@@ -37,7 +37,10 @@ _IMAGE_NAMES = ("image", "img", "images", "picture", "image_path", "file_name", 
 _LABEL_NAMES = ("label", "labels", "class", "target", "category", "y")
 _FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_CLASS_FOLDERS = "one folder per class, such as photos/cat/1.jpg and photos/dog/1.jpg"
+_WHERE_LABELS_ARE = (
+    "Labels come from one folder per class, such as photos/cat/1.jpg and photos/dog/1.jpg, or from a table of images "
+    "and labels (.csv, .parquet, ...)."
+)
 _NAMED = 5
 _IMBALANCE = 10
 
@@ -67,8 +70,8 @@ def load_images(
     In an image folder the classes are folders (`photos/cat/1.jpg`), inside folders named after splits if there are any
     (`photos/train/cat/1.jpg`); other files among the images do not matter. A missing split is cut from the training
     images: stratified by label, the same for the same seed. A split whose labels are hidden (-1 or missing) counts as
-    missing. Counts per class are logged, with a warning where one class has 10 times as many training images as another,
-    or none at all.
+    missing. Counts per class are logged, with a warning where one class has 10 times as many training images as
+    another, or none at all.
 
     Args:
         name: `"digits"` (scikit-learn's 1797 handwritten digits), an image folder, a folder written by
@@ -105,7 +108,9 @@ def load_images(
         splits = _load(name, config, image_column, options)
     else:
         splits = {
-            split: _only_split(_load(path, config, image_column, options), path) for split, path in given.items() if path
+            split: _only_split(_load(path, config, image_column, options), path)
+            for split, path in given.items()
+            if path
         }
 
     if "train" not in splits:
@@ -201,13 +206,13 @@ def _load_dataset(name: Any, builder: str, *arguments: Any, **options: Any) -> A
         return datasets.load_dataset(builder, *arguments, **options)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{name} is neither here nor on the Hub as far as it can be reached: {error} A private data set needs token "
-            "(--token) or `hf auth login`."
+            f"{name} is neither here nor on the Hub as far as it can be reached: {error} A private data set needs "
+            "token (--token) or `hf auth login`."
         ) from None
     except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise ValueError(f"{name} cannot be read as images: {error.__cause__ or error}") from error
     except ValueError as error:
-        if "onfig" not in str(error):
+        if "config" not in str(error).lower():
             raise
         reason = " ".join(str(error).partition("Example of usage")[0].split())
         raise ValueError(f"{name}: {reason}. Say which with config (--dataset_config_name).") from None
@@ -216,26 +221,27 @@ def _load_dataset(name: Any, builder: str, *arguments: Any, **options: Any) -> A
 def _load_folder(path: Path, config: str | None, options: dict[str, Any]) -> Any:
     if _is_saved(path):
         return datasets.load_from_disk(str(path))
-    images = _visible_files(path, _image_suffixes())
-    tables = _visible_files(path, {*_FILES})
-    archives = _visible_files(path, {".zip"})
+    files = _visible_files(path)
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [file for file in files if file.suffix.lower() in suffixes]
+    tables = [file for file in files if file.suffix.lower() in _FILES]
+    archives = [file for file in files if file.suffix.lower() == ".zip"]
     if (images and any(file.name in _METADATA for file in tables)) or (archives and not images and not tables):
         # the library drops the label of a folder with a single class unless told not to
         return _load_dataset(path, "imagefolder", data_dir=str(path), drop_labels=False, **options)
-    # CSV and JSON files among images are notes on them; a picture beside tables is likely to be a logo
+    # CSV and JSON files among images are notes on them; a picture beside other tables is likely to be a logo
     noted = all(_FILES[file.suffix.lower()] in ("csv", "json") for file in tables)
     if images and (noted or len({file.parent for file in images}) > 1):
         return _load_image_folder(path, images)
     if not tables:
         raise ValueError(
-            f"{path} holds no image files ({', '.join(sorted(_image_suffixes())[:8])}, ...) and no tables of images "
-            f"({', '.join(_FILES)})."
+            f"{path} holds no image files (.jpg, .png, ...) and no tables of images ({', '.join(_FILES)})."
         )
     return _load_dataset(path, str(path), config, **options)
 
 
 def _load_image_folder(path: Path, files: list[Path]) -> dict[str, datasets.Dataset]:
-    """Splits from the names of the folders in `path`, where all are those of splits, and labels from the folder of each image."""
+    """Labels from the folder of each image, and splits from the folders in `path` if all are named after splits."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         top = file.relative_to(path).parts[0].lower()
@@ -292,17 +298,13 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _image_suffixes() -> set[str]:
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _visible_files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Files with these suffixes at any depth, in a fixed order, without what systems hide (`._1.png`, `__MACOSX`)."""
+def _visible_files(folder: Path) -> list[Path]:
+    """Files at any depth, in a fixed order, without what systems hide (`._1.png`, `__MACOSX`)."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(file for file in found if file.suffix.lower() in suffixes)
+    return sorted(found)
 
 
 def _check_corrupt(corrupt: str) -> None:
@@ -393,8 +395,8 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
         if hidden and split == "train":
             first = next(index for index, value in enumerate(column) if value is None or value == -1)
             raise ValueError(
-                f"{hidden} of {len(column)} training images have no label, such as {image_names(data)[first]}: label or "
-                f"remove them. An image folder has {_CLASS_FOLDERS}."
+                f"{hidden} of {len(column)} training images have no label, such as {image_names(data)[first]}: label "
+                f"or remove them. {_WHERE_LABELS_ARE}"
             )
         if hidden:
             logger.warning("The labels of %d %s images are hidden: that split is not used.", hidden, split)
@@ -431,8 +433,8 @@ def _check_classes(train: datasets.Dataset) -> None:
     present = [name for name, count in class_counts(train).items() if count]
     if len(present) < 2:
         raise ValueError(
-            f"All {len(train)} training images are of one class, {present[0]!r}, and there is nothing to tell apart: pass "
-            f"images of two classes or more. An image folder has {_CLASS_FOLDERS}."
+            f"All {len(train)} training images are of one class, {present[0]!r}, and there is nothing to tell apart: "
+            f"pass images of two classes or more. {_WHERE_LABELS_ARE}"
         )
 
 
@@ -442,8 +444,9 @@ def _check_classes(train: datasets.Dataset) -> None:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Bring any PIL image to upright 8-bit RGB.
 
-    Integers of more than 8 bits (modes `I;16` and `I`) are scaled from 0..65535 and floats (mode `F`) from 0..1, whatever
-    values an image has: scaled by its own, dark and bright images would look alike. Transparent pixels show white.
+    Integers of more than 8 bits (modes `I;16` and `I`) are scaled from 0..65535 and floats (mode `F`) from 0..1,
+    whatever values an image has: scaled by its own, dark and bright images would look alike. Transparent pixels show
+    white.
 
     Raises:
         ValueError: If such integers or floats lie outside their range.
@@ -451,7 +454,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     name = getattr(image, "filename", "") or "An image"
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        return _deep_as_rgb(image, name)
+        try:
+            return _deep_as_rgb(image)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be converted to 8 bits ({error}): scale its values to that range, or save it with 8 "
+                "bits."
+            ) from error
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
@@ -459,14 +468,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _deep_as_rgb(image: Image.Image, name: str) -> Image.Image:
+def _deep_as_rgb(image: Image.Image) -> Image.Image:
     values, white = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
     # not-a-number is outside too
     if not ((values >= 0) & (values <= white)).all():
-        raise ValueError(
-            f"{name} has values from {values.min():g} to {values.max():g}, and images of mode {image.mode} go from 0 to "
-            f"{white}: scale them to that range, or save them with 8 bits."
-        )
+        found = f"{values.min():g} to {values.max():g}"
+        raise ValueError(f"values from {found}, where mode {image.mode} goes from 0 to {white}")
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
@@ -499,15 +506,12 @@ def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> dataset
     raw = data.cast_column("image", datasets.Image(decode=False)).select_columns(["image"]).with_format(None)
 
     def fault(index: int) -> str | None:
-        value = raw[index]["image"]
-        if value is None:
-            return f"row {index} of {split} (no image)"
+        value = raw[index]["image"] or {}
         try:
             as_rgb(open_image(value))
         except ValueError as error:
-            row = f"row {index} of {split}"
-            named = f"{value['path']} ({row}" if value.get("path") else f"{row} ("
-            return f"{name} ({_reason(error.__cause__ or error)})"
+            row, reason = f"row {index} of {split}", _reason(error.__cause__ or error) if value else "no image"
+            return f"{value['path']} ({row}: {reason})" if value.get("path") else f"{row} ({reason})"
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -523,7 +527,9 @@ def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> dataset
         )
     if len(bad) == len(data):
         raise ValueError(f"None of the {len(data)} {split} images can be decoded: {named}.")
-    logger.warning("%d of %d %s images cannot be decoded and are left out: %s", len(bad), len(data), split, ", ".join(bad))
+    logger.warning(
+        "%d of %d %s images cannot be decoded and are left out: %s", len(bad), len(data), split, ", ".join(bad)
+    )
     return data.select([index for index, name in enumerate(faults) if name is None])
 
 
@@ -559,7 +565,8 @@ def _cut_missing(
         rest, part = stratified_cut(train.with_format(None)["label"][:], min(share, 0.9), seed)
         if not part:
             raise ValueError(
-                f"{total} training images are too few to cut a {split} split from: at least one class needs two. Pass one."
+                f"{total} training images are too few to cut a {split} split from: a class needs an image for every "
+                "split. Pass one."
             )
         splits["train"], splits[split] = train.select(rest), train.select(part)
         logger.info("Cut a %s split of %d images from the %d training images.", split, len(part), total)

@@ -6,6 +6,7 @@ A ViT pretrained on CIFAR-10 learns scikit-learn's handwritten digits. Run it wi
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,10 +14,13 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from . import PlasticityConfig, PlasticityReport
 
 # peft asks transformers for a property under its older name
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -49,7 +53,7 @@ def main(output: str = "demo_output") -> None:
         data = DataArguments(dataset_name="digits").load()
         model: Any
         model, processor = load_model(ModelArguments("vit_nano"), data["train"].features["label"].names)
-        sizes = {name: len(split) for name, split in data.items()}
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in data.items())
         print(f"{model.num_parameters():,} parameters; images: {sizes}")
 
     with step(2, "Measure plasticity: CIFAR-10 images (source) against digits (target)", times):
@@ -57,16 +61,19 @@ def main(output: str = "demo_output") -> None:
         report = measure_plasticity(model, target, source, max_pairs=PAIRS, batch_size=20)
         folder.mkdir(parents=True, exist_ok=True)
         report.plot(picture)
-        print(f"{report.pairs} pairs ({report.stopped}). Components by mean rate of change over all blocks:\n")
-        print(report.by_role().round(3).to_string(), "\n")
+        print(f"{report.pairs} pairs ({report.stopped}), means over {report.by_role().blocks.max()} blocks:\n")
+        table = report.by_role()[["mean", "shift"]].rename(columns={"mean": "plasticity"}).rename_axis(None)
+        print(table.round(3).to_string(), "\n")
+        print("plasticity: how far outputs move per move of the inputs, from a CIFAR-10 image to a digit")
+        print("shift: plasticity over the same rate from one CIFAR-10 image to another")
 
-    with step(3, f"Select: LoRA within {BUDGET:.0%} of the parameters, most plastic modules first", times):
+    with step(3, f"Select modules for LoRA within {BUDGET:.0%} of the parameters", times):
         model = get_peft_model(model, PlasticityConfig(plasticity=report, budget=BUDGET))
         config = model.peft_config["default"]
         trainable, everything = model.get_nb_trainable_parameters()
-        for name, score in config.selected_modules.items():
-            print(f"  {score:6.3f}  {name}")
-        print(f"  and the head, trained in full: {', '.join(config.modules_to_save)}")
+        print(f"by {config.signal}, the {config.order} first:")
+        for line in selected_by_role(report, config):
+            print(f"  {line}")
 
     with step(4, f"Fine-tune with the Trainer for {EPOCHS} epochs", times):
         arguments = training_arguments(
@@ -89,9 +96,11 @@ def main(output: str = "demo_output") -> None:
             return (trainer.predict(test).metrics or {})["test_accuracy"]
 
         before = accuracy()
-        trainer.train()
+        # the progress bar, on standard error, says all but the result
+        with redirect_stdout(io.StringIO()):
+            trainer.train()
         after = accuracy()
-        print(f"test accuracy {before:.1%} before, {after:.1%} after")
+        print(f"test accuracy {before:.1%} before, {after:.1%} after; the head starts untrained")
 
     with step(5, "Save the adapter, load it in a fresh process, predict", times):
         save_run(trainer, adapter)
@@ -111,17 +120,34 @@ def main(output: str = "demo_output") -> None:
         truth = [names[data["test"][index]["label"]] for index in range(5)]
         print(f"predicted {', '.join(predicted)}; written were {', '.join(truth)}")
 
+    adaptable = sum(candidate.cost_per_rank > 0 for candidate in report.candidates())
     print("\nSummary")
     rows = {
         "test accuracy": f"{before:.1%} before, {after:.1%} after ({len(data['test'])} images)",
         "trainable": f"{trainable:,} of {everything:,} parameters ({trainable / everything:.1%}, head included)",
-        "selected": f"{len(config.selected_modules)} modules of {len(report.candidates())}",
+        "selected": f"{len(config.selected_modules)} of the {adaptable} modules that LoRA can adapt",
         "times": ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()),
         "adapter": f"{adapter}  ({sum(f.stat().st_size for f in adapter.iterdir()) / 1000:.0f} kB)",
         "picture": str(picture),
     }
     for name, value in rows.items():
         print(f"  {name:14} {value}")
+
+
+def selected_by_role(report: PlasticityReport, config: PlasticityConfig) -> list[str]:
+    """One line per component: how many of its modules are adapted, with which ranks; and what is trained in full."""
+    roles = {candidate.name: candidate.role for candidate in report.candidates(config.signal)}
+    chosen, ranks_of = list(config.selected_modules or ()), config.rank_pattern or {}
+    lines = []
+    for role in dict.fromkeys(roles[name] for name in chosen):
+        names = [name for name in chosen if roles[name] == role]
+        ranks = sorted({ranks_of.get(name, config.r) for name in names})
+        span = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        lines.append(f"{role:15} {len(names)} of {list(roles.values()).count(role)} modules, {span}")
+    saved = config.modules_to_save or []
+    norms = sum(name in roles for name in saved)
+    head = ", ".join(name for name in saved if name not in roles)
+    return [*lines, f"{'in full':15} the head ({head})" + (f" and {norms} norms" if norms else "")]
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """From whatever holds images to batches of pairs, the same pairs on any number of processes.
 
-Data sets and tensors are read by index, loaders and iterables in their own order. Images are decoded in threads ahead of
-the model, and no image twice.
+Data sets and tensors are read by index, loaders and iterables through a shuffle buffer. Images are decoded in threads
+ahead of the model, each process its own share.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
+import hashlib
 import inspect
 import itertools
 import math
@@ -16,8 +18,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderAdapter, IterableDatasetShard
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from .embedded import located
 
@@ -26,6 +32,13 @@ Batch = dict[str, torch.Tensor]
 Processor = Callable[..., Any]
 
 _CACHE_BYTES = 2**30
+# what a stream is shuffled in: so many images, or fewer if they would fill so much memory
+_BUFFER_IMAGES = 1000
+_BUFFER_BYTES = 2**29
+_COMPANIONS = ("pixel_attention_mask", "pixel_mask", "spatial_shapes", "bool_masked_pos")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# from here on, repeated images make intervals too narrow to pass over it
+_WORTH_A_NOTE = 2
 
 
 @dataclass
@@ -44,18 +57,43 @@ class PairBatch:
     last: int
 
 
-def find_processor(model: nn.Module) -> Processor | None:
-    """The image processor saved with the model, `None` if the model does not come from a saved one."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-    if not name:
-        return None
-    from transformers import AutoImageProcessor
+class ModelProcessor:
+    """Turns raw images into inputs of one model, by the processor given or the one saved with the model.
 
-    try:
-        processor: Processor = AutoImageProcessor.from_pretrained(located(name))
-    except (OSError, ValueError):
-        return None
-    return processor
+    The saved one is looked up, maybe on the Hub, when the first raw image is met.
+
+    Args:
+        model: The model; its config states the processor's place and the number of channels (3 if it does not).
+        given: An image processor to use in the place of the saved one.
+    """
+
+    def __init__(self, model: nn.Module, given: Processor | None = None) -> None:
+        config = getattr(model, "config", None)
+        self.channels: int = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+        self._name: str = getattr(config, "_name_or_path", "") or ""
+        self._given = given
+
+    @functools.cached_property
+    def processor(self) -> Processor | None:
+        """The processor given, else the saved one, `None` if the model does not come from a saved one."""
+        if self._given is not None or not self._name:
+            return self._given
+        from transformers import AutoImageProcessor
+
+        try:
+            return cast(Processor, AutoImageProcessor.from_pretrained(located(self._name)))
+        except (OSError, ValueError):
+            return None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.processor is None:
+            raise ValueError(f"{self._name or 'The model'} has no saved image processor: pass image_processor=....")
+        return self.processor(*args, **kwargs)
+
+
+def find_processor(model: nn.Module, given: Processor | None = None) -> ModelProcessor:
+    """What turns raw images into inputs of `model`: by the processor `given`, else the one saved with the model."""
+    return given if isinstance(given, ModelProcessor) else ModelProcessor(model, given)
 
 
 def output_size(processor: Any) -> tuple[int, int]:
@@ -96,6 +134,9 @@ def _ask_for_interpolation(module: nn.Module, args: Any, kwargs: dict[str, Any])
     return args, {**kwargs, "interpolate_pos_encoding": True}
 
 
+# --- where images come from --------------------------------------------------------------------------------------------
+
+
 class Indexed:
     """Images of a data set or tensor, read by index."""
 
@@ -107,8 +148,16 @@ class Indexed:
     def __len__(self) -> int:
         return len(self.data)
 
+    def first(self, count: int) -> list[int]:
+        """References to the first images, for `take`."""
+        return list(range(min(count, len(self))))
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[int]:
+        """References to all images once, in random order."""
+        return iter(torch.randperm(len(self), generator=generator).tolist())
+
     def take(self, indices: Sequence[int], pool: concurrent.futures.Executor) -> Batch:
-        if isinstance(self.data, torch.Tensor):
+        if isinstance(self.data, torch.Tensor) and self.data.is_floating_point():
             return {"pixel_values": self.data[torch.as_tensor(indices)]}
         return _stack(list(pool.map(self._one, indices)), self.what)
 
@@ -121,104 +170,326 @@ class Indexed:
             self.cache[index] = image
         return image
 
+    def digest(self) -> str:
+        """What two processes compare to see whether they hold the same images."""
+        # data sets may augment at random, so only what lies in memory is compared by content
+        in_memory = isinstance(self.data, (torch.Tensor, np.ndarray, list))
+        return _digest([self.data[i] for i in self.first(8)] if in_memory else [], len(self))
+
 
 class Stream:
-    """Images of a loader or iterable, in its own order."""
+    """Images of a loader or iterable, one by one; a reference for `take` is the image itself, not yet decoded."""
 
     def __init__(self, data: Iterable[Any], processor: Processor | None, what: str) -> None:
-        self.what = what
-        self.images = self._images(data, processor)
+        self.processor, self.what = processor, what
+        self.buffer: collections.deque[Any] = collections.deque()
+        self._ended: bool | None = None
+        self._rest = self._read(data)
 
-    def _images(self, data: Iterable[Any], processor: Processor | None) -> Iterator[Batch]:
+    @staticmethod
+    def _read(data: Iterable[Any]) -> Iterator[Any]:
+        # a copy, as one image of a loader's batch would keep the whole batch in memory
         for item in data:
-            batch = item
-            if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor):
-                batch = batch[0]
-            if isinstance(batch, torch.Tensor):
-                batch = {"pixel_values": batch if batch.ndim == 4 else batch[None]}
-            if isinstance(batch, Mapping) and any(isinstance(v, torch.Tensor) and v.ndim >= 3 for v in batch.values()):
-                tensors = {
-                    k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and k not in ("labels", "label")
-                }
-                if (
-                    tensors.get("pixel_values", next(iter(tensors.values()))).ndim == 3
-                    and "spatial_shapes" not in tensors
-                ):
-                    tensors = {k: v[None] for k, v in tensors.items()}
-                for index in range(len(next(iter(tensors.values())))):
-                    yield {k: v[index] for k, v in tensors.items()}
-            else:
-                yield _row_to_inputs(item, processor, self.what)
+            yield from map(_copied, _rows(item))
 
-    def take_next(self, count: int) -> list[Batch]:
-        return list(itertools.islice(self.images, count))
+    def ends_in_buffer(self) -> bool:
+        """Fill the buffer; is that the whole stream?"""
+        if self._ended is None:
+            size = 0
+            for row in self._rest:
+                self.buffer.append(row)
+                size += _nbytes(row)
+                if len(self.buffer) > _BUFFER_IMAGES or size > _BUFFER_BYTES:
+                    self._ended = False
+                    return False
+            self._ended = True
+        return self._ended
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.buffer:
+            yield self.buffer.popleft()
+        yield from self._rest
+
+    def first(self, count: int) -> list[Any]:
+        return list(itertools.islice(self.buffer, count))
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[Any]:
+        return _through_buffer(iter(self), len(self.buffer), generator)
+
+    def take(self, rows: Sequence[Any], pool: concurrent.futures.Executor) -> Batch:
+        decode = functools.partial(_row_to_inputs, processor=self.processor, what=self.what)
+        return _stack(list(pool.map(decode, rows)), self.what)
+
+    def digest(self) -> str:
+        return _digest(self.first(8), None)
+
+
+class _Collated:
+    """The data set of a loader, read one image at a time as the loader's `collate_fn` hands it on."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], indices: Sequence[int]) -> None:
+        self.dataset, self.collate, self.indices = dataset, collate, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return next(_rows(self.collate([self.dataset[self.indices[index]]])))
+
+
+def _unprepared(loader: Any) -> _Collated | DataLoader[Any]:
+    """The images of a loader from `accelerator.prepare`, whole, since it would give each process its own ones."""
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(
+            dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+        )
+    sampler: Any = loader.batch_sampler
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    sampler = getattr(sampler, "sampler", None)
+    everything = sampler is None or isinstance(sampler, (SequentialSampler, RandomSampler))
+    with torch.random.fork_rng(devices=[]):
+        indices = range(len(dataset)) if everything else sorted(set(sampler))
+    return _Collated(dataset, loader.collate_fn, indices)
 
 
 def as_images(data: Any, processor: Processor | None, what: str) -> Indexed | Stream:
     """Read `data` by index where it can be, else in order.
 
+    Args:
+        data: A data set, loader, iterable, tensor, array, list of images or batches, or one batch.
+        processor: Turns raw images into inputs; `None` if there is none.
+        what: What errors call the data.
+
     Raises:
-        TypeError: If it is none of a data set, loader, iterable or tensor.
+        TypeError: If it is none of these.
         ValueError: If it is empty or a tensor of the wrong rank.
     """
-    if isinstance(data, torch.Tensor):
-        if data.ndim < 3:
-            raise ValueError(
-                f"{what} is a tensor of shape {tuple(data.shape)}: pass images as (n, channels, height, width)."
-            )
+    if isinstance(data, (Indexed, Stream)):
+        return data
+    if isinstance(data, DataLoaderAdapter):
+        data = _unprepared(data)
+    if isinstance(data, (torch.Tensor, np.ndarray)) and data.dtype != object and data.ndim < 3:
+        raise ValueError(
+            f"{what} is a tensor of shape {tuple(data.shape)}: pass images as (n, channels, height, width)."
+        )
+    if isinstance(data, Mapping) and _image_key(data) is not None:
+        data = list(_rows(data))
+    elif isinstance(data, (list, tuple)):
+        data = _flat(data)
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if indexed and not isinstance(data, (Mapping, str, IterableDataset)):
         if len(data) == 0:
             raise ValueError(f"{what} holds no images: pass at least one.")
         return Indexed(data, processor, what)
-    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (Mapping, str))
-    batches = isinstance(data, (list, tuple)) and len(data) > 0 and _is_batch(data[0])
-    if indexed and not batches:
-        if len(data) == 0:
-            raise ValueError(f"{what} holds no images: pass a data set with at least one.")
-        return Indexed(data, processor, what)
     if isinstance(data, Iterable) and not isinstance(data, (Mapping, str)):
         return Stream(data, processor, what)
+    keys = f" with the keys {', '.join(map(repr, data))}" if isinstance(data, Mapping) else ""
     raise TypeError(
-        f"{what} is a {type(data).__name__}: pass a datasets.Dataset, a DataLoader, an iterable of batches, or one tensor of images."
+        f"{what} is a {type(data).__name__}{keys}: pass a datasets.Dataset (one split), a DataLoader, an iterable of "
+        "batches, one batch, or one tensor of images."
     )
 
 
-def _is_batch(item: Any) -> bool:
-    if isinstance(item, (tuple, list)) and item:
-        item = item[0]
-    if isinstance(item, Mapping):
-        item = item.get("pixel_values", item)
-    return isinstance(item, torch.Tensor) and item.ndim == 4
+def _opened(data: Any, processor: Processor | None, what: str) -> Indexed | Stream:
+    """`as_images` with the buffer filled; a stream that ends in it is a set like any other, read by index."""
+    images = as_images(data, processor, what)
+    if isinstance(images, Indexed) or not images.ends_in_buffer():
+        return images
+    if not images.buffer:
+        raise ValueError(f"{what} holds no images: the loader is empty.")
+    return Indexed(list(images.buffer), processor, what)
+
+
+# --- what images look like ---------------------------------------------------------------------------------------------
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _is_raw(value: Any) -> bool:
+    """Is it an image as a file holds it, which a processor has yet to scale and normalise?"""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return bool(value.dtype == (torch.uint8 if isinstance(value, torch.Tensor) else np.uint8))
+    return isinstance(value, Image.Image)
+
+
+def _is_float(array: Any) -> bool:
+    return array.is_floating_point() if isinstance(array, torch.Tensor) else np.issubdtype(array.dtype, np.floating)
+
+
+def _holds_images(value: Any) -> bool:
+    if isinstance(value, Image.Image):
+        return True
+    if _is_array(value):
+        return value.ndim >= 3 and (_is_float(value) or _is_raw(value))
+    if isinstance(value, Mapping):
+        return _image_key(value) is not None
+    return isinstance(value, (list, tuple)) and any(map(_holds_images, value))
+
+
+def _image_key(row: Mapping[str, Any]) -> str | None:
+    """The column with the images of a row or batch, `None` if none has any."""
+    if "pixel_values" in row:
+        return "pixel_values"
+    # `with_format("numpy")` gives grey images as (height, width)
+    if "image" in row and (_holds_images(row["image"]) or (_is_raw(row["image"]) and row["image"].ndim == 2)):
+        return "image"
+    return next((key for key, value in row.items() if _holds_images(value)), None)
+
+
+def _rank(value: Any) -> int:
+    """Number of dimensions of an array or of nested lists."""
+    if _is_array(value):
+        return int(value.ndim)
+    return 1 + _rank(value[0]) if isinstance(value, (list, tuple)) and value else 0
+
+
+def _is_batch(item: Mapping[str, Any], key: str) -> bool:
+    if isinstance(item[key], (list, tuple)) and _holds_images(item[key]):
+        return True
+    if "spatial_shapes" in item:
+        return _rank(item["spatial_shapes"]) == 2
+    return _rank(item[key]) >= 4
+
+
+def _rows(item: Any) -> Iterator[Any]:
+    """The single images in what a stream yields: an image, a batch, (images, labels) in any order, or a list of these."""
+    if isinstance(item, Mapping) and (key := _image_key(item)) is not None and _is_batch(item, key):
+        columns = [name for name in (key, *_COMPANIONS) if name in item]
+        for index in range(len(item[key])):
+            yield {name: item[name][index] for name in columns}
+    elif _is_array(item) and item.ndim >= 4:
+        yield from item
+    elif isinstance(item, (list, tuple)) and (holding := [part for part in item if _holds_images(part)]):
+        for part in holding if len(holding) == len(item) else holding[:1]:
+            yield from _rows(part)
+    else:
+        yield item
+
+
+def _flat(items: Sequence[Any]) -> list[Any]:
+    """The single images of a list of images or batches, or of one (images, labels) batch."""
+    holding = [item for item in items if _holds_images(item)]
+    if len(holding) == 1 < len(items):
+        return list(_rows(holding[0]))
+    return [row for item in items for row in _rows(item)]
+
+
+def _copied(row: Any) -> Any:
+    if isinstance(row, torch.Tensor):
+        return row.detach().to("cpu", copy=True)
+    if isinstance(row, np.ndarray):
+        return row.copy()
+    if isinstance(row, Mapping):
+        return {key: _copied(value) for key, value in row.items()}
+    if isinstance(row, Image.Image):
+        # an image that is not yet decoded keeps its file open, and there may be fewer files than images in a buffer
+        row.load()
+    return [_copied(value) for value in row] if isinstance(row, (list, tuple)) else row
+
+
+def _nbytes(row: Any) -> int:
+    if _is_array(row):
+        return int(row.nbytes)
+    if isinstance(row, Image.Image):
+        return row.width * row.height * len(row.getbands())
+    parts = row.values() if isinstance(row, Mapping) else row if isinstance(row, list) else ()
+    return sum(map(_nbytes, parts))
+
+
+def _digest(rows: list[Any], length: int | None) -> str:
+    content = hashlib.sha256(repr(length).encode())
+    for row in rows:
+        value = _image_of(_without_labels(row))
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().double().numpy()
+        content.update(value.tobytes() if isinstance(value, (np.ndarray, Image.Image)) else repr(value).encode())
+    return content.hexdigest()
+
+
+def _without_labels(row: Any) -> Any:
+    """What holds the image in a row of a data set that may be a tuple of an image and labels, in any order."""
+    if isinstance(row, (list, tuple)) and row:
+        return next((value for value in row if _holds_images(value)), row[0])
+    return row
+
+
+def _image_of(row: Any) -> Any:
+    """The image in a row without labels, `None` if its columns hold none."""
+    if not isinstance(row, Mapping):
+        return row
+    key = _image_key(row)
+    return None if key is None else row[key]
 
 
 def _row_to_inputs(row: Any, processor: Processor | None, what: str) -> Batch:
-    """Model inputs of one image, from one row of a data set: a dict, an (image, label) tuple, or an image."""
-    value = row
-    if isinstance(row, Mapping):
-        if "pixel_values" in row:
-            ready = {
-                k: torch.as_tensor(v)
-                for k, v in row.items()
-                if k in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-            }
-            return ready
-        pictures = [v for v in row.values() if hasattr(v, "convert") and hasattr(v, "size")]
-        if not pictures:
-            raise ValueError(
-                f"{what} has the columns {', '.join(map(repr, row))}, of which none holds images: name an image column "
-                "'image' (cast_column('image', datasets.Image())) or give ready 'pixel_values'."
-            )
-        value = pictures[0]
-    elif isinstance(row, (tuple, list)) and row:
-        value = row[0]
-    if isinstance(value, torch.Tensor):
-        return {"pixel_values": value}
-    if not hasattr(value, "convert"):
-        raise ValueError(f"{what} yields {type(value).__name__} objects: images must be tensors or PIL images.")
+    """Model inputs of one image, from one row of a data set: an image, a dict, or a tuple of one of these and labels.
+
+    Raises:
+        ValueError: If the row holds no image, raw images have no processor, or pixels are integers.
+    """
+    row = _without_labels(row)
+    image = _image_of(row)
+    if isinstance(row, Mapping) and image is None:
+        raise ValueError(
+            f"{what} has the columns {', '.join(map(repr, row))}, of which none holds images: name an image column "
+            "'image' (cast_column('image', datasets.Image())) or give ready 'pixel_values'."
+        )
+    ready = isinstance(row, Mapping) and "pixel_values" in row
+    if isinstance(image, Image.Image) or (_is_raw(image) and not ready):
+        return _processed(_as_picture(image, what), processor, what)
+    if not (_is_array(image) or (ready and isinstance(image, (list, tuple)))):
+        raise ValueError(f"{what} yields {type(image).__name__} objects: images must be tensors, arrays or PIL images.")
+    pixels = _as_tensor(image)
+    if not pixels.is_floating_point():
+        raise ValueError(
+            f"{what} holds pixel values of {pixels.dtype}: scale and normalise them to floats as the model's image "
+            "processor does, or pass raw images (uint8, in a column 'image') with an image processor."
+        )
+    companions = {key: _as_tensor(row[key]) for key in _COMPANIONS if key in row} if isinstance(row, Mapping) else {}
+    return {"pixel_values": pixels, **companions}
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    # arrays of data sets are often read-only, which tensors cannot be
+    return torch.tensor(value) if isinstance(value, np.ndarray) else torch.as_tensor(value)
+
+
+def _as_picture(image: Any, what: str) -> Image.Image:
+    """A PIL image from an image as files hold it; tensors have their channels first, arrays last, if both are possible."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    if array.ndim == 2:
+        return Image.fromarray(array)
+    axes = [axis for axis in (0, -1) if array.ndim == 3 and array.shape[axis] in _MODES]
+    if not axes:
+        raise ValueError(
+            f"{what} holds a uint8 image of shape {array.shape}: its first or last dimension must be 1, 3 or 4 channels."
+        )
+    array = np.moveaxis(array, axes[0] if isinstance(image, torch.Tensor) else axes[-1], -1)
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
+
+
+def _processed(picture: Image.Image, processor: Processor | None, what: str) -> Batch:
+    channels = 3
+    if isinstance(processor, ModelProcessor):
+        channels, processor = processor.channels, processor.processor
     if processor is None:
         raise ValueError(
-            f"{what} holds raw images, and the model names no saved image processor: pass image_processor=..., or ready pixel_values."
+            f"{what} holds raw images, and the model names no saved image processor: pass image_processor=..., or ready "
+            "pixel_values (scaled and normalised floats)."
         )
-    processed = processor(images=[value.convert("RGB")], return_tensors="pt")
+    image: Any = picture.convert(_MODES.get(channels, "RGB"))
+    if channels == 1:
+        # not every processor finds the channels of an image that has no dimension for them
+        image = np.asarray(image)[..., None]
+    processed = processor(images=[image], return_tensors="pt")
     return {key: tensor[0] for key, tensor in processed.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -233,7 +504,11 @@ def _stack(images: list[Batch], what: str) -> Batch:
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch | tuple[torch.Tensor, ...]:
-    """Keywords for a transformers model, or the pixels alone for any other module."""
+    """Keywords for a transformers model, or the pixels alone for any other module, in the model's floating type."""
+    # packed weights are integers or floats of eight bits, which no image comes in
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    if (dtype := next(floats, None)) is not None:
+        batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
     name = getattr(model, "main_input_name", None)
     if not (isinstance(name, str) and hasattr(model, "config")):
         return (batch.get("pixel_values", next(iter(batch.values()))),)
@@ -242,26 +517,43 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch | tuple[torch.Tensor, 
     return {key: value for key, value in batch.items() if key not in ("labels", "label")}
 
 
+# --- pairs -------------------------------------------------------------------------------------------------------------
+
+
 def first_pair(target: Any, source: Any, processor: Processor | None) -> tuple[Batch, Any, Any]:
-    """Two images to trace the model with, the same on every process, and the data still whole."""
-    images = as_images(target, processor, "target")
-    if isinstance(images, Indexed):
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return images.take([0, min(1, len(images) - 1)], pool), target, source
-    head = images.take_next(2)
-    if not head:
-        raise ValueError("target holds no images: the loader is empty.")
-    rest: Iterable[Any] = itertools.chain(head, images.images)
-    return _stack(head, "target"), rest, source
+    """Two images to trace the model with, the same on every process, and both sets, opened and still whole."""
+    targets = _opened(target, processor, "target")
+    sources = None if source is None else _opened(source, processor, "source")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return targets.take((targets.first(2) * 2)[:2], pool), targets, sources
 
 
 def most_pairs(target: Any, source: Any, limit: int) -> int:
     """How many pairs there can be, at most `limit`, which a stream of unknown length gets."""
     images = [as_images(data, None, "data") for data in (target, source) if data is not None]
-    if any(isinstance(data, Stream) for data in images):
-        return limit
     lengths = [len(data) for data in images if isinstance(data, Indexed)]
+    if len(lengths) < len(images):
+        return limit
     return min(limit, max(lengths) if len(lengths) > 1 else lengths[0] // 2)
+
+
+def repetition_notes(target: Any, source: Any, pairs: int) -> list[str]:
+    """What a report should say about sets so much smaller than the number of pairs that their images repeat.
+
+    Args:
+        target, source: The sets as `first_pair` returns them, `source` maybe `None`.
+        pairs: Pairs measured.
+    """
+    if source is None:
+        return []
+    sets = [images for images in (target, source) if isinstance(images, Indexed)]
+    return [
+        f"{images.what} has {len(images)} images for {pairs} pairs, so each is in about {pairs / len(images):.0f} of "
+        "them; the intervals count these as independent and are too narrow: they hold for these images rather than for "
+        "others like them."
+        for images in sets
+        if pairs >= _WORTH_A_NOTE * len(images)
+    ]
 
 
 def pair_batches(
@@ -277,18 +569,32 @@ def pair_batches(
 ) -> Generator[PairBatch, None, None]:
     """Yield this process's share of every batch of pairs.
 
-    The pairs are (source[i], target[i]), in a seeded random order where both can be read by index; the shorter set
-    starts again when it ends. Without a source, a random order of the target is cut into pairs. Neither the pairs nor
-    their grouping into batches of `batch_size` depend on `world`.
+    Where both sets can be read by index, the pairs are (source[i], target[i]) in a seeded random order; the shorter set
+    starts again when it ends. Without a source, a random order of the target is cut into pairs. A loader or iterable
+    that ends within 1000 images (512 MiB if these are larger) is read into memory and counts as read by index.
+
+    A longer stream passes through a seeded shuffle buffer of that size, as in `datasets.IterableDataset.shuffle`, which
+    is filled before the first pair: an image drawn from the buffer at random makes room for the stream's next. This
+    mixes images that lie no further apart than the buffer is long. It cannot bring forward what comes later, so a
+    measurement that stops early has seen only the beginning of the stream, of one sorted by class only the first
+    classes: shuffle such data where they are stored, or pass a data set. Two such streams keep their pairs
+    (source[i], target[i]) and end with the shorter one; a set read by index beside such a stream is drawn in random
+    order, again and again.
+
+    Images that repeat count as new ones in the intervals; `repetition_notes` says where that matters. Neither the pairs
+    nor their grouping into batches of `batch_size` depend on `world`.
+
+    Raises:
+        ValueError: If there are no images, they do not fit together, or the processes see different ones.
     """
-    targets = as_images(target, processor, "target")
-    sources = None if source is None else as_images(source, processor, "source")
+    targets = _opened(target, processor, "target")
+    sources = None if source is None else _opened(source, processor, "source")
+    if world > 1:
+        _refuse_unequal(targets, sources)
     workers = max(2, min(8, os.cpu_count() or 2))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        if isinstance(targets, Indexed) and not isinstance(sources, Stream):
-            plan = _indexed_shares(targets, sources, pool, batch_size, max_pairs, seed, rank, world)
-        else:
-            plan = _streamed_shares(targets, sources, pool, batch_size, max_pairs, rank, world)
+        pairs = itertools.islice(_pairs(targets, sources, torch.Generator().manual_seed(seed)), max_pairs)
+        plan = _shares(pairs, targets if sources is None else sources, targets, pool, batch_size, rank, world)
         waiting: collections.deque[concurrent.futures.Future[PairBatch | None]] = collections.deque()
         for _ in range(2):
             waiting.append(ahead.submit(next, plan, None))
@@ -299,6 +605,62 @@ def pair_batches(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _refuse_unequal(targets: Indexed | Stream, sources: Indexed | Stream | None) -> None:
+    """Raise on every process if any two of them see different images, since each takes its share of the same ones."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from accelerate.utils import gather_object
+
+    for images in (targets, sources):
+        if images is not None and len(set(gather_object([images.digest()]))) > 1:
+            raise ValueError(
+                f"The processes see different {images.what} images, but each takes its share of the same ones: pass the "
+                "data set, or a loader that gives every process the same images in the same order (not sharded, and "
+                "unshuffled or seeded alike)."
+            )
+
+
+def _pairs(
+    targets: Indexed | Stream, sources: Indexed | Stream | None, generator: torch.Generator
+) -> Iterator[tuple[Any, Any]]:
+    """References to the source and target images of all pairs, in order."""
+    if sources is None:
+        if isinstance(targets, Indexed) and len(targets) < 2:
+            raise ValueError("target holds one image, which makes no pair: pass at least two, or a source.")
+        order = targets.shuffled(generator)
+        return zip(order, order, strict=False)
+    if isinstance(sources, Indexed) and isinstance(targets, Indexed):
+        m, n = len(sources), len(targets)
+        if m != n:
+            (sources if m < n else targets).cache = {}
+        return ((i % m, i % n) for i in torch.randperm(max(m, n), generator=generator).tolist())
+    if isinstance(sources, Stream) and isinstance(targets, Stream):
+        size = min(len(sources.buffer), len(targets.buffer))
+        return _through_buffer(zip(sources, targets, strict=False), size, generator)
+    left, right = (
+        images.shuffled(generator) if isinstance(images, Stream) else _endlessly(images, generator)
+        for images in (sources, targets)
+    )
+    return zip(left, right, strict=False)
+
+
+def _endlessly(images: Indexed, generator: torch.Generator) -> Iterator[int]:
+    if len(images) <= _BUFFER_IMAGES:
+        images.cache = {}
+    while True:
+        yield from images.shuffled(generator)
+
+
+def _through_buffer(items: Iterator[Any], size: int, generator: torch.Generator) -> Iterator[Any]:
+    """The items in random order, as far as a buffer of `size` allows."""
+    buffer = list(itertools.islice(items, size))
+    for item in items:
+        place = int(torch.randint(size, (), generator=generator))
+        yield buffer[place]
+        buffer[place] = item
+    yield from (buffer[place] for place in torch.randperm(len(buffer), generator=generator).tolist())
 
 
 def _share(size: int, rank: int, world: int) -> tuple[list[int], list[float]]:
@@ -314,71 +676,22 @@ def _share(size: int, rank: int, world: int) -> tuple[list[int], list[float]]:
     return [p if p < size else 0 for p in wanted], [float(p < size) for p in wanted]
 
 
-def _indexed_shares(
-    targets: Indexed,
-    sources: Indexed | None,
-    pool: concurrent.futures.Executor,
-    batch_size: int,
-    max_pairs: int,
-    seed: int,
-    rank: int,
-    world: int,
-) -> Iterator[PairBatch]:
-    generator = torch.Generator().manual_seed(seed)
-    n = len(targets)
-    if sources is None:
-        if n < 2:
-            raise ValueError("target holds one image, which makes no pair: pass at least two, or a source.")
-        order = torch.randperm(n, generator=generator).tolist()
-        pairs = [(order[i], order[i + 1]) for i in range(0, n - 1, 2)]
-        sources = targets
-    else:
-        m = len(sources)
-        if m != n:
-            (sources if m < n else targets).cache = {}
-        pairs = [(i % m, i % n) for i in torch.randperm(max(m, n), generator=generator).tolist()]
-    pairs = pairs[:max_pairs]
-    for first in range(0, len(pairs), batch_size):
-        whole = pairs[first : first + batch_size]
-        positions, weights = _share(len(whole), rank, world)
-        left = sources.take([whole[p][0] for p in positions], pool)
-        right = targets.take([whole[p][1] for p in positions], pool)
-        yield PairBatch(_join(left, right), torch.tensor(weights), first, first + len(whole))
-
-
-def _streamed_shares(
+def _shares(
+    pairs: Iterator[tuple[Any, Any]],
+    sources: Indexed | Stream,
     targets: Indexed | Stream,
-    sources: Indexed | Stream | None,
     pool: concurrent.futures.Executor,
     batch_size: int,
-    max_pairs: int,
     rank: int,
     world: int,
 ) -> Iterator[PairBatch]:
     first = 0
-
-    def following(images: Indexed | Stream, count: int, start: int) -> list[Batch]:
-        if isinstance(images, Stream):
-            return images.take_next(count)
-        indices = range(start, min(start + count, len(images)))
-        taken = images.take(indices, pool) if indices else {}
-        return [{key: value[i] for key, value in taken.items()} for i in range(len(indices))]
-
-    while first < max_pairs:
-        size = min(batch_size, max_pairs - first)
-        if sources is None:
-            both = following(targets, 2 * size, 0)
-            lefts, rights = both[: len(both) // 2 * 2 : 2], both[1::2]
-        else:
-            lefts, rights = following(sources, size, first), following(targets, size, first)
-        size = min(len(lefts), len(rights))
-        if size == 0:
-            return
-        positions, weights = _share(size, rank, world)
-        left = _stack([lefts[p] for p in positions], "source" if sources is not None else "target")
-        right = _stack([rights[p] for p in positions], "target")
-        yield PairBatch(_join(left, right), torch.tensor(weights), first, first + size)
-        first += size
+    while whole := list(itertools.islice(pairs, batch_size)):
+        positions, weights = _share(len(whole), rank, world)
+        left = sources.take([whole[p][0] for p in positions], pool)
+        right = targets.take([whole[p][1] for p in positions], pool)
+        yield PairBatch(_join(left, right), torch.tensor(weights), first, first + len(whole))
+        first += len(whole)
 
 
 def _join(left: Batch, right: Batch) -> Batch:
@@ -386,4 +699,4 @@ def _join(left: Batch, right: Batch) -> Batch:
     for key, (a, b) in shapes.items():
         if a != b:
             raise ValueError(f"A source image has {key} of shape {a} and a target image {b}: bring both to one size.")
-    return {key: torch.cat([left[key], right[key].to(left[key].dtype)]) for key in shapes}
+    return {key: torch.cat([left[key], right[key].to(left[key])]) for key in shapes}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,24 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import TrainingArguments
 
+from .arguments import DataArguments, ModelArguments, PlasticityArguments
 from .components import BLOCK_ROLES
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .selection import ORDERS, Candidate
-from .train import RESULTS_NAME, DataArguments, ModelArguments, PlasticityArguments, load_model, measure, train
+from .train import (
+    RESULTS_NAME,
+    RUN_NAME,
+    check_note,
+    check_training,
+    given_report,
+    load_model,
+    measure_run,
+    open_run,
+    report_of_run,
+    reserved,
+    run_note,
+    train,
+)
 from .tuner.model import LoraMatch
 
 
@@ -35,12 +51,14 @@ def compare(
     data_args: DataArguments,
     plasticity_args: PlasticityArguments,
     training_args: TrainingArguments,
+    *,
+    start_over: bool = False,
 ) -> list[dict[str, Any]]:
     """Train with every method, seed and learning rate, and put the results side by side.
 
     The learning rate of a method is the one with the best mean validation accuracy over seeds; the test accuracy at that
     learning rate is what is compared. Runs lie in folders of their own below the output folder, and those that are
-    finished are not repeated, so a comparison resumes like a single run.
+    finished are not repeated, so a comparison resumes like a single run, and methods, seeds and learning rates can be added.
 
     Args:
         methods: `"highest"`, `"lowest"` or `"random"` plasticity; a role such as `"attention"`; `"all-linear"`; or names or
@@ -49,6 +67,7 @@ def compare(
             plasticity methods spends.
         seeds: Seeds of training.
         learning_rates: Learning rates to choose among.
+        start_over: Remove an earlier comparison from the output folder first.
 
     Returns:
         One record per method: `method`, `trainable_parameters`, `learning_rate`, `accuracy` (mean over seeds on the test
@@ -56,35 +75,49 @@ def compare(
         paired by seed, with `difference_half_width`, and `runs`.
 
     Raises:
-        ValueError: If a method is unknown or costs more than the budget at rank 1.
+        ValueError: If a method is unknown or costs more than the budget at rank 1, the output folder holds runs with other
+            arguments, or as `train` does.
+        OSError: As `train` does.
     """
+    check_training(training_args)
     folder = Path(str(training_args.output_dir))
     main = training_args.process_index == 0
-    if not (folder / REPORT_NAME).is_file():
-        report = _report(model_args, data_args, plasticity_args, training_args)
+    with reserved(folder) if main else contextlib.nullcontext():
+        report = _report(folder, model_args, data_args, plasticity_args, training_args, start_over)
+        plasticity_args = replace(plasticity_args, report=str(folder / REPORT_NAME))
+        ways = {method: way_of(method, report, plasticity_args) for method in methods}
+        table = _compared(ways, seeds, learning_rates, model_args, data_args, training_args)
         if main:
-            report.save(folder / REPORT_NAME)
-    report = PlasticityReport.load(folder) if (folder / REPORT_NAME).is_file() else report
-    plasticity_args = replace(plasticity_args, report=str(folder / REPORT_NAME))
-    ways = {method: way_of(method, report, plasticity_args) for method in methods}
+            write_whole(folder / COMPARISON_NAME, json.dumps(table, indent=1))
+    return table
 
+
+def _compared(
+    ways: dict[str, PlasticityArguments],
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for method, way in ways.items():
         runs = []
         for rate in learning_rates:
             for seed in seeds:
                 run = copy.deepcopy(training_args)
-                run.output_dir = str(folder / method.replace(",", "+") / f"lr{rate:g}-seed{seed}")
+                run.output_dir = str(_run_folder(training_args, method, rate, seed))
                 run.learning_rate, run.seed = rate, seed
                 runs.append({"learning_rate": rate, "seed": seed, **_result(run, model_args, data_args, way)})
         best = max(learning_rates, key=lambda rate: fmean(r["validation"] for r in runs if r["learning_rate"] == rate))
         chosen = {run["seed"]: run["test"] for run in runs if run["learning_rate"] == best}
         records.append({"method": method, "learning_rate": best, "chosen": chosen, "runs": runs})
     first = records[0]["chosen"]
-    table = [_summary(record, first) for record in records]
-    if main:
-        write_whole(folder / COMPARISON_NAME, json.dumps(table, indent=1))
-    return table
+    return [_summary(record, first) for record in records]
+
+
+def _run_folder(training_args: TrainingArguments, method: str, rate: float, seed: int) -> Path:
+    return Path(str(training_args.output_dir)) / method.replace(",", "+") / f"lr{rate:g}-seed{seed}"
 
 
 def way_of(method: str, report: PlasticityReport, arguments: PlasticityArguments) -> PlasticityArguments:
@@ -104,7 +137,8 @@ def way_of(method: str, report: PlasticityReport, arguments: PlasticityArguments
         )
     alpha = max(1, round(arguments.lora_alpha * rank / arguments.r))
     names = [candidate.name for candidate in fixed]
-    return replace(arguments, report=None, target_modules=names, r=rank, lora_alpha=alpha)
+    amounts = dict.fromkeys(("budget", "top_k", "fraction", "threshold", "train_norms"))
+    return replace(arguments, report=None, target_modules=names, r=rank, lora_alpha=alpha, **amounts)  # type: ignore[arg-type]
 
 
 def _fixed(method: str, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -125,32 +159,49 @@ def _fixed(method: str, candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _report(
+    folder: Path,
     model_args: ModelArguments,
     data_args: DataArguments,
     plasticity_args: PlasticityArguments,
     training_args: TrainingArguments,
+    start_over: bool,
 ) -> PlasticityReport:
-    if plasticity_args.report is not None:
-        return PlasticityReport.load(plasticity_args.report)
+    """The report that all methods select by: that of the folder's comparison if there is one, the given or a measured one."""
+    main = training_args.process_index == 0
     with training_args.main_process_first(local=False):
-        data = data_args.load()
-    model, processor = load_model(model_args, data["train"].features["label"].names)
-    model.to(training_args.device)
-    state = training_args.distributed_state if training_args.world_size > 1 else None
-    return measure(model, data["train"], processor, plasticity_args, source=data_args.source_name, state=state)
+        if main:
+            noted = run_note(model_args, data_args, plasticity_args, training_args)
+            # these are what a comparison runs through, each run with a note of its own
+            noted = {name: value for name, value in noted.items() if name not in ("seed", "learning_rate")}
+            if start_over:
+                for run in folder.glob(f"*/*/{RUN_NAME}"):
+                    shutil.rmtree(run.parent)
+                (folder / COMPARISON_NAME).unlink(missing_ok=True)
+            open_run(folder, noted, plasticity_args.report, start_over=start_over)
+        given = given_report(folder, plasticity_args.report)
+
+    def measured() -> PlasticityReport:
+        with training_args.main_process_first(local=False):
+            data = data_args.load(**model_args.download_options())
+        model, processor = load_model(model_args, data["train"].features["label"].names)
+        model.to(training_args.device)
+        return measure_run(model, data["train"], processor, plasticity_args, data_args.source_name, training_args)
+
+    return report_of_run(folder, given, measured, main)
 
 
 def _result(
     run: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, way: PlasticityArguments
 ) -> dict[str, Any]:
-    done = Path(str(run.output_dir)) / RESULTS_NAME
-    if not done.is_file():
+    folder = Path(str(run.output_dir))
+    if (folder / RESULTS_NAME).is_file():
+        check_note(folder, run_note(model_args, data_args, way, run))
+        record = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+        metrics, trainable = record["metrics"], record["trainable_parameters"]
+    else:
         logger.info("Training %s.", run.output_dir)
         result = train(model_args, data_args, way, run)
         metrics, trainable = result.metrics, result.trainable
-    else:
-        record = json.loads(done.read_text(encoding="utf-8"))
-        metrics, trainable = record["metrics"], record["trainable_parameters"]
     return {
         "validation": metrics["eval_accuracy"],
         "test": metrics["test_accuracy"],

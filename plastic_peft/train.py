@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,6 +29,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
@@ -37,28 +38,28 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from . import hub
+from .arguments import (
+    TRAINING_DEFAULTS,
+    DataArguments,
+    MeasurementArguments,
+    ModelArguments,
+    PlasticityArguments,
+    as_noted,
+    deciding,
+    training_arguments,
+)
 from .card import model_card
 from .components import unwrap
-from .data import (
-    DIGITS,
-    class_counts,
-    collate,
-    load_images,
-    load_unlabelled,
-    resize_to,
-    transform_of,
-    with_pixels,
-)
+from .data import class_counts, collate, load_unlabelled, resize_to, transform_of, with_pixels
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
-from .faults import explained
+from .faults import explained, unwritable
 from .images import accept_image_size
 from .measure import measure_plasticity
 from .metrics import load_metric
 from .report import REPORT_NAME, PlasticityReport, write_whole
-from .selection import check_options
-from .tuner import PlasticityConfig
 
 
 logger = logging.getLogger(__name__)
@@ -69,193 +70,7 @@ RESULTS_NAME = "results.json"
 WHOLE_NAME = "whole.json"
 LOCK_NAME = ".lock"
 
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 3,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "logging_steps": 50,
-    "remove_unused_columns": False,
-    "report_to": "none",
-    # without it, several processes on a machine without GPUs do not know of each other
-    "use_cpu": not torch.accelerator.is_available(),
-}
-"""Where the command line and `training_arguments` differ from the defaults of `transformers.TrainingArguments`."""
-
-
-# --- arguments ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelArguments:
-    """Which model is fine-tuned."""
-
-    model_name_or_path: str = field(
-        default="vit_nano",
-        metadata={
-            "help": "Pretrained model: a folder, an id on the Hub, or 'vit_nano', the small one in this package."
-        },
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: Optional[str] = field(default=None, metadata={"help": "Token for the Hub; by default the stored login."})
-    image_size: Optional[int] = field(
-        default=None,
-        metadata={"help": "Side of the images in pixels, if another than in pretraining; positions are interpolated."},
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which images it is fine-tuned on."""
-
-    dataset_name: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "A data set on the Hub, an image folder, a parquet, CSV or JSON file, a save_to_disk folder, or 'digits'."
-        },
-    )
-    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the training images."})
-    validation_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the validation images."})
-    test_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the test images."})
-    image_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the images, if not obvious."})
-    label_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the labels, if not obvious."})
-    train_val_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing validation split."})
-    test_split: float = field(default=0.1, metadata={"help": "Share cut off for a missing test split."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of these cuts."})
-    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on this many random images."})
-    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate on this many random images."})
-    corrupt_images: Literal["refuse", "skip", "unchecked"] = field(
-        default="refuse",
-        metadata={"help": "Stop at images that cannot be decoded, leave them out, or do not look for them."},
-    )
-    augment: Literal["auto", "none", "flip", "crop"] = field(
-        default="auto",
-        metadata={"help": "Mirror images at random, and crop them; 'auto' is 'crop', and 'none' for digits."},
-    )
-    source_name: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "Images like those of pretraining, to pair with the training images; needed for --signal shift."
-        },
-    )
-
-    def load(self, **options: Any) -> datasets.DatasetDict:
-        """The splits; arguments and errors as in `plastic_peft.data.load_images`."""
-        data = load_images(
-            self.dataset_name,
-            self.dataset_config_name,
-            train=self.train_dir,
-            validation=self.validation_dir,
-            test=self.test_dir,
-            image_column=self.image_column_name,
-            label_column=self.label_column_name,
-            validation_share=self.train_val_split,
-            test_share=self.test_split,
-            seed=self.split_seed,
-            corrupt=self.corrupt_images,
-            **options,
-        )
-        limits = {"train": self.max_train_samples, "validation": self.max_eval_samples, "test": self.max_eval_samples}
-        for split, limit in limits.items():
-            if limit is not None and limit < len(data[split]):
-                data[split] = data[split].shuffle(seed=self.split_seed).select(range(limit))
-        return data
-
-    @property
-    def augmentation(self) -> str:
-        if self.augment != "auto":
-            return self.augment
-        return "none" if self.dataset_name == DIGITS else "crop"
-
-
-@dataclass
-class PlasticityArguments:
-    """How plasticity is measured, and which modules are adapted in which way."""
-
-    report: Optional[str] = field(default=None, metadata={"help": "A saved report to select by, instead of measuring."})
-    inputs: Literal["hidden", "embedding"] = field(
-        default="hidden", metadata={"help": "Measure components on what they receive, or all on the embedding."}
-    )
-    max_pairs: int = field(default=12_800, metadata={"help": "Measure at most this many pairs of images."})
-    tolerance: float = field(default=0.05, metadata={"help": "Stop when every interval is this narrow (relative)."})
-    confidence: float = field(default=0.95, metadata={"help": "Confidence of the intervals."})
-    measure_batch_size: int = field(default=32, metadata={"help": "Pairs per batch over all processes."})
-    measure_seed: int = field(default=0, metadata={"help": "Seed of the pairs."})
-    adapter: Literal["lora", "full"] = field(
-        default="lora", metadata={"help": "LoRA on the selected modules, or training of their own weights."}
-    )
-    budget: Optional[str] = field(
-        default=None, metadata={"help": "Trainable parameters: a number, or a share of the model such as 0.01."}
-    )
-    top_k: Optional[int] = field(default=None, metadata={"help": "Adapt this many units instead."})
-    fraction: Optional[float] = field(default=None, metadata={"help": "Adapt this share of the units instead."})
-    threshold: Optional[float] = field(default=None, metadata={"help": "Adapt the units with this score instead."})
-    granularity: Literal["component", "block", "module"] = field(
-        default="component", metadata={"help": "A unit: a role over all depths, a component of a block, a module."}
-    )
-    within: Literal["model", "role"] = field(
-        default="model", metadata={"help": "Rank all units together, or the best of every role first."}
-    )
-    signal: Optional[str] = field(
-        default=None, metadata={"help": "What to rank by: 'plasticity' or 'shift' (the default with source images)."}
-    )
-    order: Literal["highest", "lowest", "random"] = field(
-        default="highest", metadata={"help": "Which units come first; 'lowest' and 'random' are controls."}
-    )
-    selection_seed: int = field(default=0, metadata={"help": "Seed of --order random."})
-    rank_allocation: Optional[Literal["uniform", "proportional"]] = field(
-        default=None, metadata={"help": "Rank r everywhere, or ranks in proportion to scores (default for a budget)."}
-    )
-    r: int = field(default=8, metadata={"help": "LoRA rank, where no budget decides the ranks."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scaling is lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the LoRA inputs."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
-    target_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": "Adapt exactly these modules (names or suffixes) and measure nothing."}
-    )
-    track_every: int = field(
-        default=0, metadata={"help": "Measure plasticity on a fixed batch every so many training steps; 0 for never."}
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.budget, str):
-            text = self.budget.replace("_", "")
-            try:
-                self._budget: int | float | None = int(text) if text.isdigit() else float(text)
-            except ValueError:
-                raise ValueError(
-                    f"budget={self.budget!r} is no number: pass parameters such as 20000, or a share such as 0.01."
-                ) from None
-        else:
-            self._budget = self.budget
-        # before anything is measured
-        options = self.selection_options()
-        check_options(**{name: options[name] for name in inspect.signature(check_options).parameters})
-
-    def selection_options(self) -> dict[str, Any]:
-        """Options of `PlasticityReport.select`."""
-        names = ("top_k", "fraction", "threshold", "granularity", "within", "signal", "order", "rank_allocation")
-        options = {name: getattr(self, name) for name in (*names, "adapter", "r")}
-        return {**options, "budget": self._budget, "seed": self.selection_seed}
-
-    def to_config(self, report: PlasticityReport | None = None, **settled: Any) -> PlasticityConfig:
-        """The adapter's config; `settled` are fields of a selection made before."""
-        options = self.selection_options()
-        for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"):
-            options[name] = getattr(self, name)
-        return PlasticityConfig(plasticity=report, **{**options, **settled})
-
-
-def training_arguments(output_dir: str, **options: Any) -> TrainingArguments:
-    """`TrainingArguments` with the defaults of this package (`TRAINING_DEFAULTS`)."""
-    return TrainingArguments(output_dir=output_dir, **{**TRAINING_DEFAULTS, **options})
+METRICS = ("loss", "accuracy", "top5_accuracy", "macro_f1")
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------
@@ -266,40 +81,84 @@ def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If it is no image classifier, or cannot take `image_size`.
+        ValueError: If it is no image classifier, has another head than `labels` and `ignore_mismatched_sizes` is off, or
+            cannot take `image_size`.
     """
     name = arguments.model_name_or_path
-    where: dict[str, Any] = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
-    where |= {"token": arguments.token} if arguments.token else {}
+    options: dict[str, Any] = {"revision": arguments.model_revision, **arguments.download_options()}
+    options |= {"trust_remote_code": True} if arguments.trust_remote_code else {}
     head: dict[str, Any] = {}
     if labels is not None:
         head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     path = located(name)
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            path, ignore_mismatched_sizes=True, dtype=torch.float32, **head, **where
-        )
+        if arguments.config_name is not None:
+            head = {"config": AutoConfig.from_pretrained(located(arguments.config_name), **head, **options)}
+        with _no_loading_report():
+            model, info = AutoModelForImageClassification.from_pretrained(
+                path,
+                ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **head,
+                **options,
+            )
         call_by_name(model)
-        processor = AutoImageProcessor.from_pretrained(path, **where)
+        processor = AutoImageProcessor.from_pretrained(located(arguments.image_processor_name or path), **options)
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(f"Model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        if arguments.ignore_mismatched_sizes:
+            raise
+        raise ValueError(
+            f"Model {name} has other sizes than its configuration and the {len(labels or ())} labels ask for: leave "
+            "ignore_mismatched_sizes on to give it a new head."
+        ) from error
+    _warn_of_untrained(model, info, name)
     if arguments.image_size is not None:
         resize_to(processor, arguments.image_size)
         accept_image_size(model, arguments.image_size)
     return model, processor
 
 
+@contextlib.contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """A new head is what fine-tuning needs, and no mistake; `_warn_of_untrained` says what is one."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _warn_of_untrained(model: Any, info: Mapping[str, Any], name: str) -> None:
+    # transformers 5 gives mismatched keys with their shapes
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    new = sorted({*info["missing_keys"], *mismatched})
+    trunk = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
+    if trunk:
+        logger.warning(
+            "%s has no fitting weights for %s (%d such): they are as initialised. Is it the right model?",
+            name,
+            trunk[0],
+            len(trunk),
+        )
+
+
 def measure(
     model: nn.Module,
     images: datasets.Dataset,
     processor: Any,
-    arguments: PlasticityArguments,
+    arguments: MeasurementArguments,
     *,
     source: str | None = None,
     state: Any = None,
     progress: bool = True,
 ) -> PlasticityReport:
     """Measure on raw `images` until the selection that `arguments` ask for is settled.
+
+    Warns where there are no source images, and where the images run out before the intervals are as narrow as asked for.
 
     Args:
         source: Name of source images, as for `plastic_peft.data.load_unlabelled`, or `"vit_nano"` for those of vit_nano.
@@ -309,7 +168,7 @@ def measure(
     if source is not None:
         raw = vit_nano_source_images() if source == VIT_NANO.name else load_unlabelled(source, split="train")
         sources = with_pixels(raw, processor)
-    return measure_plasticity(
+    report = measure_plasticity(
         model,
         with_pixels(images, processor),
         sources,
@@ -323,6 +182,27 @@ def measure(
         progress=progress,
         selection=arguments.selection_options(),
     )
+    if state is None or state.is_main_process:
+        _warn_of_doubts(report, source)
+    return report
+
+
+def _warn_of_doubts(report: PlasticityReport, source: str | None) -> None:
+    if source is None:
+        logger.warning(
+            "Without source images only raw plasticity is measured, which the comparison of methods found to be a poor guide to "
+            "what is worth adapting: pass images like those of pretraining with source (--source_name; 'vit_nano' has its own, "
+            "for vit_nano only)."
+        )
+    widest = max(((row.ci_high - row.mean) / row.mean for row in report.rows if row.mean > 0), default=math.nan)
+    if report.stopped == "data exhausted" and widest > report.tolerance > 0:
+        logger.warning(
+            "The images ran out after %d pairs, with intervals up to ±%.0f %% where ±%.0f %% was asked for: the selection could "
+            "be another with more images.",
+            report.pairs,
+            100 * widest,
+            100 * report.tolerance,
+        )
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -335,6 +215,57 @@ def _metrics(prediction: Any) -> dict[str, Any]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     result = load_metric().compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
     return dict(result)
+
+
+def predicted_logits(model: Any, images: datasets.Dataset, batch_size: int = 32) -> Iterator[torch.Tensor]:
+    """Logits of raw `images` by a loaded adapter, batch by batch, on the CPU.
+
+    Args:
+        model: As of `AutoPlasticModelForImageClassification.from_pretrained`, with its `image_processor`.
+
+    Raises:
+        ValueError: If the adapter came without an image processor, or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if model.image_processor is None:
+        raise ValueError("Neither the adapter nor its base model has an image processor: set model.image_processor.")
+    device = next(model.parameters()).device
+    pixels = with_pixels(images.select_columns(["image"]), model.image_processor)
+    for start in range(0, len(images), batch_size):
+        batch = collate([pixels[index] for index in range(start, min(start + batch_size, len(images)))])
+        with torch.inference_mode():
+            logits = model(batch["pixel_values"].to(device)).logits
+        yield logits.float().cpu()
+
+
+def evaluate(model: Any, images: datasets.Dataset, batch_size: int = 32) -> dict[str, Any]:
+    """Accuracy, top-5 accuracy (of more than five classes), macro F1 and confusion matrix of a loaded adapter.
+
+    Args:
+        model: As of `AutoPlasticModelForImageClassification.from_pretrained`.
+        images: Raw images with the columns `image` and `label`; labels are matched with the adapter's by name.
+
+    Returns:
+        The metrics, the number of `images`, and `labels`, the names of the confusion matrix's rows and columns.
+
+    Raises:
+        ValueError: If the images have a class that the adapter does not know, or as in `predicted_logits`.
+    """
+    labels = [str(model.config.id2label[index]) for index in range(len(model.config.id2label))]
+    names = images.features["label"].names
+    present = images.with_format(None)["label"][:]
+    if unknown := sorted({names[index] for index in present} - {*labels}):
+        raise ValueError(
+            f"The images have the class {unknown[0]!r} ({len(unknown)} such), which the adapter does not know: its classes are "
+            f"{', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}."
+        )
+    logits = torch.cat(list(predicted_logits(model, images, batch_size)))
+    references = [labels.index(names[index]) for index in present]
+    values = dict(load_metric().compute(predictions=logits.numpy(), references=references))
+    if len(labels) <= 5:
+        del values["top5_accuracy"]
+    return {**values, "images": len(images), "labels": labels}
 
 
 class Epochs(TrainerCallback):
@@ -445,6 +376,207 @@ def _gathered_weights(trainer: Trainer) -> dict[str, Any] | None:
     return weights
 
 
+# --- the folder of a run -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder until this one ends, in whatever way: the lock goes with the process.
+
+    Raises:
+        ValueError: If another run is under way in the folder.
+        OSError: If it cannot be written.
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it is read-only")
+        # some network file systems have no locks
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
+        # what a run that was killed while it saved has left
+        for unfinished in folder.glob(f"{hub.SAVING}*"):
+            shutil.rmtree(unfinished)
+    except Timeout:
+        raise ValueError(
+            f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "
+            "choose another output_dir (--output_dir)."
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(folder: Path, noted: Mapping[str, Any], report: str | None = None, *, start_over: bool = False) -> None:
+    """Note what a run is asked for, or check that it is what the folder's earlier run was asked for.
+
+    Args:
+        noted: What decides the result, as of `arguments.as_noted`.
+        report: Path of the report that was given.
+        start_over: Remove an earlier run first, but not the report that was given.
+
+    Raises:
+        ValueError: If the folder holds a run with other arguments, or a report of which no run is known.
+        OSError: If the note cannot be written.
+    """
+    own = folder / REPORT_NAME
+    given_own = report is not None and own.resolve() in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
+    if start_over:
+        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
+            (folder / name).unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    if (folder / RUN_NAME).is_file():
+        check_note(folder, noted)
+        return
+    if own.is_file() and not given_own:
+        raise ValueError(
+            f"{folder} holds a report, but no run: select by it with report (--report {own}), choose another output_dir, or "
+            "remove it with start_over (--start_over)."
+        )
+    try:
+        write_whole(folder / RUN_NAME, json.dumps(noted, indent=1))
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if the run in the folder was asked for something else."""
+    before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+    # a release that wrote the note may not have had all arguments
+    changed = [f"{key} {before[key]!r} -> {noted[key]!r}" for key in noted if before.get(key, noted[key]) != noted[key]]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
+            "output_dir, or remove it with start_over (--start_over)."
+        )
+
+
+def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
+    """The report that was given, `None` if there is none, or if it is gone and the folder's run has a copy.
+
+    Raises:
+        FileNotFoundError: If there is no such report.
+        ValueError: If it is no whole report, or another one than that of the folder's run.
+    """
+    if path is None:
+        return None
+    kept = folder / REPORT_NAME
+    if not Path(path).exists() and kept.is_file():
+        return None
+    report = PlasticityReport.load(path)
+    if kept.is_file() and PlasticityReport.load(kept) != report:
+        raise ValueError(
+            f"{folder} holds a run with another report than {path}: leave report out, choose another output_dir, or remove "
+            "the run with start_over (--start_over)."
+        )
+    return report
+
+
+def report_of_run(
+    folder: Path, given: PlasticityReport | None, measured: Callable[[], PlasticityReport], main: bool
+) -> PlasticityReport:
+    """The report that the run in the folder selects by: its own if it has one, else the given or a measured one.
+
+    Args:
+        main: Whether this process is the one that saves it.
+    """
+    if (folder / REPORT_NAME).is_file():
+        logger.info("Using the report in %s.", folder)
+        return PlasticityReport.load(folder)
+    report = given or measured()
+    if main:
+        report.save(folder)
+    return report
+
+
+# --- what a run can be known to fail by --------------------------------------------------------------------------------
+
+
+def check_training(arguments: TrainingArguments) -> None:
+    """Raise a `ValueError` for what the trainer would find wrong with its arguments only after the measurement."""
+    _check_trackers(arguments.report_to)
+    by_metric = arguments.load_best_model_at_end or str(getattr(arguments.save_strategy, "value", "")) == "best"
+    metric = arguments.metric_for_best_model
+    if by_metric and (metric or "").removeprefix("eval_") not in METRICS:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} says not which model is best: pass --metric_for_best_model with one of "
+            f"{', '.join(METRICS)}."
+        )
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint and not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint} is no folder of a checkpoint: leave it out to resume from the last whole one "
+            "in output_dir."
+        )
+
+
+def _check_trackers(names: Any) -> None:
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in [names] if isinstance(names, str) else names or ():
+        for tracker in get_reporting_integration_callbacks([name]):
+            try:
+                tracker()
+            except (RuntimeError, ImportError) as error:
+                package = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}.get(name, name)
+                raise ValueError(
+                    f"--report_to {name} needs a package that is not installed: run `pip install {package}` ({error})."
+                ) from None
+
+
+def _check_launch(arguments: TrainingArguments) -> None:
+    """Refuse processes that do not know of each other, before one of them locks the folder."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > arguments.world_size:
+        if torch.distributed.is_initialized():
+            # one that ends while others still connect would end them with an error of the network
+            torch.distributed.barrier()
+        raise ValueError(
+            f"{launched} processes were launched that do not know of each other, and would write to the same files: without GPUs, "
+            "pass use_cpu=True (--use_cpu)."
+        )
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """Where a run is pushed once it is whole."""
+
+    name: str
+    private: bool | None
+    token: str | None
+
+    def make(self) -> None:
+        """Make it before the work: a missing right shows here, and not after hours."""
+        try:
+            HfApi(token=self.token).create_repo(self.name, private=self.private, exist_ok=True)
+        # the client lets the errors of its HTTP library pass
+        except Exception as error:
+            raise ConnectionError(
+                f"The adapter could not be pushed to {self.name} after training ({str(error).splitlines()[-1]}): log in with "
+                "`hf auth login`, correct --hub_token or --hub_model_id, or leave --push_to_hub out."
+            ) from error
+
+    def push(self, trainer: Trainer, card: Callable[..., Any]) -> None:
+        """Push the trained adapter; all processes have to call it."""
+        weights = _gathered_weights(trainer)
+        if trainer.is_world_process_zero():
+            commit = hub.push(
+                trainer.accelerator.unwrap_model(trainer.model),
+                self.name,
+                image_processor=trainer.processing_class,
+                card=card(repo_id=self.name),
+                state_dict=weights,
+                private=self.private,
+                token=self.token,
+            )
+            logger.info("Pushed the adapter to %s.", commit.repo_url)
+
+
 # --- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -488,25 +620,17 @@ def train(
 
     Raises:
         ValueError: If the output folder holds a run with other arguments, several processes run without knowing of each
-            other, or as the steps do.
-        OSError: If the output folder cannot be written, its disk is full (`faults.DiskFullError`), or the Hub refuses a
-            run that is to be pushed.
+            other, or as `check_training` and the steps do.
+        OSError: If the output folder cannot be written, its disk is full (`faults.DiskFullError`), memory is full
+            (`faults.MemoryFullError`), or the Hub refuses a run that is to be pushed.
         faults.LostProcessError: If another process ended, or did not answer within `training_args.ddp_timeout` seconds.
     """
-    # before the folder is locked, which only one of them could do
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > training_args.world_size:
-        if torch.distributed.is_initialized():
-            # one that ends while others still connect would end them with an error of the network
-            torch.distributed.barrier()
-        raise ValueError(
-            f"{launched} processes were launched that do not know of each other, and would write to the same files: without GPUs, "
-            "pass use_cpu=True (--use_cpu)."
-        )
-    main = training_args.process_index == 0
+    _check_launch(training_args)
+    check_training(training_args)
+    folder = Path(str(training_args.output_dir))
     with (
-        explained(training_args.output_dir, training_args.process_index),
-        _reserved(Path(str(training_args.output_dir))) if main else contextlib.nullcontext(),
+        explained(folder, training_args.process_index),
+        reserved(folder) if training_args.process_index == 0 else contextlib.nullcontext(),
     ):
         return _train(model_args, data_args, plasticity_args, training_args, callbacks, start_over)
 
@@ -520,35 +644,100 @@ def _train(
     start_over: bool,
 ) -> TrainResult:
     folder = Path(str(training_args.output_dir))
-    if training_args.use_cpu and torch.distributed.is_initialized():
-        # transformers heeds ddp_timeout on GPUs only, and gloo waits for half an hour
-        torch.distributed.distributed_c10d._set_pg_timeout(training_args.ddp_timeout_delta)
     main = training_args.process_index == 0
-    asked = _asked(model_args, data_args, plasticity_args)
-    # the adapter is pushed once, when it is whole, and not by the trainer at every checkpoint
-    training_args = copy.copy(training_args)
-    push, training_args.push_to_hub = training_args.push_to_hub, False
-    repository = training_args.hub_model_id or folder.resolve().name
-    rights: dict[str, Any] = {
-        "private": training_args.hub_private_repo,
-        "token": training_args.hub_token or model_args.token,
-    }
+    _heed_timeout(training_args)
+    training_args, repository = _push_at_end(training_args, model_args.token)
     with training_args.main_process_first(local=False, desc="preparing the run"):
         if main:
-            _open_run(folder, asked, start_over)
-        if main and push:
-            _make_repository(repository, **rights)
-        data = data_args.load(**({"token": model_args.token} if model_args.token else {}))
-    resumed = last_whole_checkpoint(folder)
+            noted = run_note(model_args, data_args, plasticity_args, training_args)
+            open_run(folder, noted, plasticity_args.report, start_over=start_over)
+        given = given_report(folder, plasticity_args.report)
+        if main and repository is not None:
+            repository.make()
+        data = data_args.load(**model_args.download_options())
+    checkpoint = _checkpoint_to_resume(folder, training_args)
 
+    adapted, processor, report = _adapted_model(
+        folder, model_args, data_args, plasticity_args, training_args, data, given
+    )
+    callbacks = [*callbacks, *_tracking(data, processor, plasticity_args.track_every)]
+    trainer = make_trainer(adapted, data, processor, training_args, augment=data_args.augmentation, callbacks=callbacks)
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = _evaluated(trainer, data, processor)
+
+    shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}
+    named = data_args.dataset_name or data_args.train_dir
+    card = functools.partial(model_card, adapted, report, metrics=shown, dataset=named)
+    save_run(trainer, folder, card())
+    selection = dict(adapted.peft_config["default"].selected_modules or {})
+    trainable, parameters = adapted.get_nb_trainable_parameters()
+    result = TrainResult(metrics, selection, report, trainable, parameters, trainer)
+    if main:
+        _write_results(folder, result, data)
+    if repository is not None:
+        repository.push(trainer, card)
+    return result
+
+
+def run_note(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    plasticity_args: PlasticityArguments,
+    training_args: TrainingArguments,
+) -> dict[str, Any]:
+    """What decides the result of a run with these arguments."""
+    return as_noted(model_args, data_args, plasticity_args, deciding(training_args))
+
+
+def _heed_timeout(arguments: TrainingArguments) -> None:
+    if arguments.use_cpu and torch.distributed.is_initialized():
+        # transformers heeds ddp_timeout on GPUs only, and gloo waits for half an hour
+        torch.distributed.distributed_c10d._set_pg_timeout(arguments.ddp_timeout_delta)
+
+
+def _push_at_end(arguments: TrainingArguments, token: str | None) -> tuple[TrainingArguments, _Repository | None]:
+    """Take pushing from the trainer, which would push every checkpoint, and leave it to the end of the run."""
+    if not arguments.push_to_hub:
+        return arguments, None
+    name = arguments.hub_model_id or Path(str(arguments.output_dir)).resolve().name
+    repository = _Repository(name, arguments.hub_private_repo, arguments.hub_token or token)
+    arguments = copy.copy(arguments)
+    arguments.push_to_hub = False
+    return arguments, repository
+
+
+def _checkpoint_to_resume(folder: Path, arguments: TrainingArguments) -> str | None:
+    last = last_whole_checkpoint(folder)
+    checkpoint = arguments.resume_from_checkpoint or (str(last) if last else None)
+    if checkpoint:
+        logger.info("Resuming from %s.", checkpoint)
+    return checkpoint
+
+
+def _adapted_model(
+    folder: Path,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    plasticity_args: PlasticityArguments,
+    training_args: TrainingArguments,
+    data: Mapping[str, datasets.Dataset],
+    given: PlasticityReport | None,
+) -> tuple[Any, Any, PlasticityReport | None]:
+    """The model with its adapter, its image processor, and the report that the modules were selected by."""
     set_seed(training_args.seed)
-    labels = data["train"].features["label"].names
-    model, processor = load_model(model_args, labels)
+    model, processor = load_model(model_args, data["train"].features["label"].names)
     model.to(training_args.device)
+
+    def measured() -> PlasticityReport:
+        return measure_run(model, data["train"], processor, plasticity_args, data_args.source_name, training_args)
+
     with _gathered(model):
-        report = _report_of_run(
-            folder, model, data["train"], processor, plasticity_args, data_args.source_name, training_args
-        )
+        report = None
+        if plasticity_args.target_modules is None:
+            report = report_of_run(folder, given, measured, training_args.process_index == 0)
         # the same start for adapter and head, whether or not anything was measured
         set_seed(training_args.seed)
         adapted = _adapted(folder, model, report, plasticity_args, training_args)
@@ -556,157 +745,24 @@ def _train(
     logger.info(
         "Training %s of %s parameters (%.2f %%).", f"{trainable:,}", f"{parameters:,}", 100 * trainable / parameters
     )
-    if plasticity_args.track_every:
-        from .callback import PlasticityCallback
-
-        probe = with_pixels(
-            data["validation"].shuffle(seed=0).select(range(min(64, len(data["validation"])))), processor
-        )
-        callbacks = [*callbacks, PlasticityCallback(probe, every=plasticity_args.track_every)]
-    trainer = make_trainer(adapted, data, processor, training_args, augment=data_args.augmentation, callbacks=callbacks)
-    for callback in callbacks:
-        if hasattr(callback, "trainer"):
-            callback.trainer = trainer
-
-    resume = training_args.resume_from_checkpoint or (str(resumed) if resumed else None)
-    if resume:
-        logger.info("Resuming from %s.", resume)
-    trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate()
-    prediction = trainer.predict(with_pixels(data["test"], processor), metric_key_prefix="test")
-    metrics |= prediction.metrics or {}
-    metrics["confusion_matrix"] = _metrics(prediction)["confusion_matrix"]
-    selection = dict(adapted.peft_config["default"].selected_modules or {})
-    named = data_args.dataset_name or data_args.train_dir
-    shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}
-    card = functools.partial(model_card, adapted, report, metrics=shown, dataset=named)
-    save_run(trainer, folder, card())
-    if main:
-        record = {
-            "metrics": metrics,
-            "selection": selection,
-            "trainable_parameters": trainable,
-            "parameters": parameters,
-            "training_images": class_counts(data["train"]),
-            "steps": trainer.state.global_step,
-            "processes": training_args.world_size,
-        }
-        write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
-    weights = _gathered_weights(trainer) if push else None
-    if push and main:
-        commit = hub.push(
-            trainer.accelerator.unwrap_model(trainer.model),
-            repository,
-            image_processor=processor,
-            card=card(repo_id=repository),
-            state_dict=weights,
-            **rights,
-        )
-        logger.info("Pushed the adapter to %s.", commit.repo_url)
-    return TrainResult(metrics, selection, report, trainable, parameters, trainer)
+    return adapted, processor, report
 
 
-def _asked(*arguments: Any) -> dict[str, Any]:
-    """What decides the result of a run, besides the training arguments."""
-    aside = ("cache_dir", "token", "track_every")
-    values = {f.name: getattr(a, f.name) for a in arguments for f in fields(a) if f.name not in aside}
-    return dict(json.loads(json.dumps(values)))
-
-
-@contextlib.contextmanager
-def _reserved(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder until this one ends, in whatever way: the lock goes with the process."""
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("it is read-only")
-        # some network file systems have no locks
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire()
-        # what a run that was killed while it saved has left
-        for unfinished in folder.glob(f"{hub.SAVING}*"):
-            shutil.rmtree(unfinished)
-    except Timeout:
-        raise ValueError(
-            f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "
-            "choose another output_dir (--output_dir)."
-        ) from None
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _unwritable(folder: Path, error: OSError) -> OSError:
-    return OSError(f"The output folder {folder} cannot be written ({error}): choose another with --output_dir.")
-
-
-def _make_repository(name: str, *, private: bool | None, token: str | None) -> None:
-    """Make the repository of a run that will be pushed: a missing right shows before the work, and not after it."""
-    try:
-        HfApi(token=token).create_repo(name, private=private, exist_ok=True)
-    # the client lets the errors of its HTTP library pass
-    except Exception as error:
-        raise ConnectionError(
-            f"The adapter could not be pushed to {name} after training ({str(error).splitlines()[-1]}): log in with `hf auth login`, "
-            "correct --hub_token or --hub_model_id, or leave --push_to_hub out."
-        ) from error
-
-
-def _open_run(folder: Path, asked: dict[str, Any], start_over: bool) -> None:
-    """Note what was asked for, or check that it is what the folder's earlier run was asked for."""
-    if start_over and folder.is_dir():
-        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, REPORT_NAME):
-            (folder / name).unlink(missing_ok=True)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    note = folder / RUN_NAME
-    if note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        # a release that wrote the note may not have had all arguments
-        changed = [
-            f"{key} {before[key]!r} -> {asked[key]!r}" for key in asked if before.get(key, asked[key]) != asked[key]
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
-                "output_dir, or remove it with start_over (--start_over)."
-            )
-        return
-    try:
-        write_whole(note, json.dumps(asked, indent=1))
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _report_of_run(
-    folder: Path,
+def measure_run(
     model: nn.Module,
     images: datasets.Dataset,
     processor: Any,
-    arguments: PlasticityArguments,
+    arguments: MeasurementArguments,
     source: str | None,
     training: TrainingArguments,
-) -> PlasticityReport | None:
-    if arguments.target_modules is not None:
-        return None
-    if (folder / REPORT_NAME).is_file():
-        logger.info("Using the report in %s.", folder)
-        return PlasticityReport.load(folder)
-    if arguments.report is not None:
-        report = PlasticityReport.load(arguments.report)
-    else:
-        state = training.distributed_state if training.world_size > 1 else None
-        logger.info("Measuring on %d training images.", len(images))
-        report = measure(
-            model, images, processor, arguments, source=source, state=state, progress=not training.disable_tqdm
-        )
-        logger.info("Measured %d pairs (%s).", report.pairs, report.stopped)
-    if training.process_index == 0:
-        report.save(folder)
+) -> PlasticityReport:
+    """`measure` on the processes of a run, and say so."""
+    state = training.distributed_state if training.world_size > 1 else None
+    logger.info("Measuring on %d training images.", len(images))
+    report = measure(
+        model, images, processor, arguments, source=source, state=state, progress=not training.disable_tqdm
+    )
+    logger.info("Measured %d pairs (%s).", report.pairs, report.stopped)
     return report
 
 
@@ -726,6 +782,44 @@ def _adapted(
         kept = ("selected_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
         write_whole(note, json.dumps({name: getattr(config, name) for name in kept}, indent=1))
     return adapted
+
+
+def _tracking(data: Mapping[str, datasets.Dataset], processor: Any, every: int) -> list[TrainerCallback]:
+    if not every:
+        return []
+    from .callback import PlasticityCallback
+
+    images = data["validation"]
+    probe = images.shuffle(seed=0).select(range(min(64, len(images))))
+    return [PlasticityCallback(with_pixels(probe, processor), every=every)]
+
+
+def _evaluated(trainer: Trainer, data: Mapping[str, datasets.Dataset], processor: Any) -> dict[str, Any]:
+    metrics = _validated(trainer)
+    prediction = trainer.predict(with_pixels(data["test"], processor), metric_key_prefix="test")
+    return {**metrics, **(prediction.metrics or {}), "confusion_matrix": _metrics(prediction)["confusion_matrix"]}
+
+
+def _validated(trainer: Trainer) -> dict[str, Any]:
+    """Metrics on the validation images: those of the last evaluation in training, where it was of the final weights."""
+    if not trainer.args.load_best_model_at_end:
+        for entry in reversed(trainer.state.log_history):
+            if "eval_accuracy" in entry and entry["step"] == trainer.state.global_step:
+                return {name: value for name, value in entry.items() if name != "step"}
+    return trainer.evaluate()
+
+
+def _write_results(folder: Path, result: TrainResult, data: Mapping[str, datasets.Dataset]) -> None:
+    record = {
+        "metrics": result.metrics,
+        "selection": result.selection,
+        "trainable_parameters": result.trainable,
+        "parameters": result.parameters,
+        "training_images": class_counts(data["train"]),
+        "steps": result.trainer.state.global_step,
+        "processes": result.trainer.args.world_size,
+    }
+    write_whole(folder / RESULTS_NAME, json.dumps(record, indent=1))
 
 
 @contextlib.contextmanager
@@ -749,10 +843,12 @@ __all__ = [
     "PlasticityArguments",
     "TrainResult",
     "compute_metrics",
+    "evaluate",
     "last_whole_checkpoint",
     "load_model",
     "make_trainer",
     "measure",
+    "predicted_logits",
     "save_run",
     "shard_by_block",
     "train",

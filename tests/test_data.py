@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +19,8 @@ from plastic_peft.data import (
     as_rgb,
     class_counts,
     collate,
+    find_label_column,
+    image_names,
     load_images,
     load_unlabelled,
     resize_to,
@@ -161,6 +164,136 @@ def test_corrupt_images_are_named_and_skipped_or_refused(tmp_path, caplog):
         rows[:]
 
 
+def test_images_that_a_table_lists_are_named_by_their_files(tmp_path, caplog):
+    """Rows of a CSV or parquet file would have to be counted to find the broken image, or after a gap miscounted."""
+    image_folder(tmp_path / "images", {"cat": 3, "dog": 3})
+    (tmp_path / "images" / "cat" / "1.png").write_bytes(b"no image")
+    files = [f"images/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+    table = datasets.Dataset.from_dict({"photo": files, "label": ["cat"] * 3 + ["dog"] * 3})
+    table.to_csv(tmp_path / "list.csv")
+    table.to_parquet(tmp_path / "list.parquet")
+    for source in (tmp_path / "list.csv", tmp_path / "list.parquet"):
+        with pytest.raises(
+            ValueError, match=r"1 of 6 .* decoded: .*images/cat/1\.png \(row 1 of train: no image format"
+        ):
+            load_images(source, image_column="photo")
+        data = load_unlabelled(source, image_column="photo", corrupt="skip")
+        assert data["file"][:] == [str(tmp_path / file) for file in files if file != files[1]]
+    bare = image_set(3).cast_column("image", datasets.Image(decode=False))
+    bytes_only = [{"path": None, "bytes": row["image"]["bytes"] if i != 1 else b"no"} for i, row in enumerate(bare)]
+    datasets.Dataset.from_dict({"image": bytes_only}, features=bare.select_columns("image").features).to_parquet(
+        tmp_path / "bare.parquet"
+    )
+    with caplog.at_level(logging.WARNING, logger="plastic_peft"):
+        data = load_unlabelled(tmp_path / "bare.parquet", corrupt="skip")
+    assert data["file"][:] == ["row 0", "row 2"]
+    assert "row 1 of train (no image format" in caplog.text
+
+
+def test_names_of_images_follow_the_rows_and_need_no_decoding(tmp_path):
+    """Predictions would be put to the wrong files after a selection, or wait for every image to be decoded."""
+    folder = image_folder(tmp_path / "images", {"cat": 3})
+    files = [str(folder / "cat" / f"{i}.png") for i in range(3)]
+    for file in files:
+        Path(file).write_bytes(b"no image")
+    data = load_unlabelled(folder, corrupt="unchecked")
+    assert image_names(data.select([2, 0])) == [files[2], files[0]]
+    assert image_names(with_pixels(data, ViTImageProcessor())) == files
+    assert image_names(datasets.Dataset.from_dict({"path": files}), "path") == files
+    assert image_names(image_set(2)) == ["row 0", "row 1"]
+
+
+def test_fewer_than_two_classes_are_refused(tmp_path):
+    """A classifier of one class learns nothing, and transformers would train a regression without a word."""
+    one = image_folder(tmp_path / "one", {"cat": 4})
+    image_set().filter(lambda row: row["label"] == 1).to_parquet(tmp_path / "one.parquet")
+    for source, name in ((one, "cat"), (tmp_path / "one.parquet", "dog")):
+        with pytest.raises(ValueError, match=rf"images are of one class, '{name}'.*photos/cat/1\.jpg"):
+            load_images(source)
+    with pytest.raises(ValueError, match=r"4 of 4 training images have no label, .*0\.png.*photos/cat/1\.jpg"):
+        load_images(one / "cat")
+    two = image_folder(tmp_path / "two", {"cat": 2, "dog": 2})
+    picture(0).save(two / "cover.png")
+    with pytest.raises(ValueError, match=r"1 of 5 training images have no label, such as .*cover\.png"):
+        load_images(two)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_other_files_among_the_images_do_not_matter(layout, tmp_path):
+    """Cameras, annotation tools and macOS leave files beside images, which would be read in the place of the images."""
+    folder = image_folder(tmp_path / "images" / layout, {"cat": 4, "dog": 4})
+    for image in list(folder.rglob("*.png")):
+        image.with_suffix(".json").write_text('{"shapes": []}')
+        image.with_suffix(".csv").write_text("x,y\n1,2\n")
+        (image.parent / f"._{image.name}").write_bytes(b"no image")
+    image_folder(folder / "__MACOSX", {"cat": 1})
+    image_folder(folder / ".thumbnails", {"cow": 1})
+    (folder / "features.parquet").write_bytes(b"no table")
+    data = load_images(tmp_path / "images")
+    assert sum(len(split) for split in data.values()) == 8
+    assert data["train"].features["label"].names == ["cat", "dog"]
+    assert len(load_unlabelled(tmp_path / "images")) == 8
+
+
+def test_folders_are_splits_only_if_all_are_named_so(tmp_path):
+    """A class called train would take the others' images for no split, and measuring would see the test images."""
+    vehicles = image_folder(tmp_path / "vehicles", {"car": 4, "train": 4})
+    assert load_images(vehicles)["train"].features["label"].names == ["car", "train"]
+    image_folder(tmp_path / "split" / "Train", {"cat": 4, "dog": 4})
+    image_folder(tmp_path / "split" / "val", {"cat": 1, "dog": 2})
+    assert len(load_images(tmp_path / "split")["validation"]) == 3
+    assert len(load_unlabelled(tmp_path / "split", "train")) == 8
+
+
+def test_linked_class_folders_are_followed(tmp_path):
+    """Subsets of large data sets are folders of links, which would look empty."""
+    whole = image_folder(tmp_path / "whole", {"ant": 3, "bee": 3, "cow": 3})
+    (tmp_path / "part").mkdir()
+    for name in ("ant", "cow"):
+        (tmp_path / "part" / name).symlink_to(whole / name)
+    assert load_images(tmp_path / "part")["train"].features["label"].names == ["ant", "cow"]
+
+
+def test_folders_of_tables_and_metadata_are_no_image_folders(tmp_path):
+    """A logo beside parquet files, or metadata beside images, must not hide the labels."""
+    image_folder(tmp_path / "tables", {"assets": 1})
+    image_set().to_parquet(tmp_path / "tables" / "data" / "train.parquet")
+    assert sum(len(split) for split in load_images(tmp_path / "tables").values()) == 20
+    assert len(load_unlabelled(tmp_path / "tables")) == 20
+    listed = image_folder(tmp_path / "listed", {"all": 6})
+    rows = [f"all/{i}.png,{'odd' if i % 2 else 'even'}\n" for i in range(6)]
+    (listed / "metadata.csv").write_text("file_name,label\n" + "".join(rows))
+    assert load_images(listed)["train"].features["label"].names == ["even", "odd"]
+
+
+def test_a_data_set_with_configurations_asks_for_one(tmp_path):
+    """Measuring would fail on data sets that training reads, or advise a call that the user does not make."""
+    for name, count in (("small", 4), ("large", 6)):
+        image_set(count).to_parquet(tmp_path / name / "train.parquet")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/train.parquet\n" for n in ("small", "large"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert len(load_unlabelled(tmp_path, config="small")) == 4
+    assert len(load_unlabelled(tmp_path, config="large")) == 6
+    for load in (load_images, load_unlabelled):
+        with pytest.raises(ValueError, match=r"'small', 'large'\]\. Say which with config \(--dataset_config_name\)"):
+            load(tmp_path)
+
+
+def test_token_and_cache_reach_the_hub(tmp_path, monkeypatch):
+    """Private data sets could be trained on but not measured, and downloads would fill the home folder."""
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.DatasetDict(train=image_set())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_images("ann/private", "small", token="secret", cache_dir=tmp_path, revision="v1")
+    load_unlabelled("ann/private", config="small", token="secret", cache_dir=tmp_path)
+    options = {"token": "secret", "cache_dir": tmp_path}
+    assert asked == [(("ann/private", "small"), {**options, "revision": "v1"}), (("ann/private", "small"), options)]
+
+
 def test_imbalance_is_reported(tmp_path, caplog):
     """Accuracy on nine tenths of one class says little, and the user should hear so."""
     with caplog.at_level(logging.WARNING, logger="plastic_peft"):
@@ -188,8 +321,6 @@ def test_two_candidate_columns_are_not_guessed():
     """With a fine and a coarse label, a silent guess would train the wrong task."""
     data = image_set().add_column("coarse", [0] * 20).cast_column("coarse", datasets.ClassLabel(names=["animal"]))
     data = data.rename_columns({"label": "fine"})
-    from plastic_peft.data import find_label_column
-
     with pytest.raises(ValueError, match="one of the columns fine, coarse"):
         find_label_column(data)
 
@@ -208,6 +339,29 @@ def test_odd_image_modes_become_plain_rgb():
     turned = Image.new("RGB", (2, 3))
     turned.getexif()[0x0112] = 6
     assert as_rgb(turned).size == (3, 2)
+
+
+@pytest.mark.parametrize("top", [254, 255, 256, 257, 65535])
+@pytest.mark.parametrize("kind", [np.uint16, ">u2", np.int32])
+def test_the_brightness_of_deep_images_does_not_depend_on_their_brightest_pixel(kind, top):
+    """A dark 16-bit image would become white or black according to one pixel, and the classes with it."""
+    image = Image.fromarray(np.array([[0, 200, top]]).astype(kind))
+    assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [0, 1, round(top / 257)]
+
+
+@pytest.mark.parametrize("values", [[0, 255.0], [-0.5, 1.0], [0, float("nan")]])
+def test_floats_outside_0_to_1_are_refused_by_name(values, tmp_path):
+    """Floats that go to 255 and floats that go to 1 look alike where they are dark: guessing turns some white."""
+    folder = image_folder(tmp_path / "images", {"cat": 3, "dog": 3})
+    Image.fromarray(np.array([values], dtype=np.float32)).save(folder / "cat" / "deep.tiff")
+    with pytest.raises(
+        ValueError, match=r"deep\.tiff cannot be converted .*mode F goes from 0 to 1\): scale its values"
+    ):
+        as_rgb(Image.open(folder / "cat" / "deep.tiff"))
+    with pytest.raises(
+        ValueError, match=r"1 of 7 .*deep\.tiff \(row 3 of train: values from .*mode F goes from 0 to 1"
+    ):
+        load_images(folder)
 
 
 def test_augmentation_depends_on_image_seed_and_epoch_alone():
@@ -269,9 +423,10 @@ def test_images_without_labels_come_with_their_names(tmp_path):
     assert len(load_unlabelled(folder / "some" / "1.png")) == 1
     image_set(3).to_parquet(tmp_path / "x.parquet")
     assert load_unlabelled(tmp_path / "x.parquet")["file"][:] == ["row 0", "row 1", "row 2"]
-    with pytest.raises(ValueError, match="no image files"):
-        (tmp_path / "empty").mkdir()
-        load_unlabelled(tmp_path / "empty")
+    for load in (load_unlabelled, load_images):
+        with pytest.raises(ValueError, match="holds no image files"):
+            (tmp_path / "empty").mkdir(exist_ok=True)
+            load(tmp_path / "empty")
 
 
 def test_the_shipped_metric_agrees_with_scikit_learn():

@@ -42,7 +42,17 @@ def alone(tmp_path_factory):
     return reports(output)[0]
 
 
-@pytest.mark.parametrize(("processes", "way"), [(2, "plain"), (4, "plain"), (2, "prepared"), (2, "sharded")])
+@pytest.mark.parametrize(
+    ("processes", "way"),
+    [
+        (2, "plain"),
+        (4, "plain"),
+        (2, "prepared"),
+        (2, "sharded"),
+        (2, "sharded loaders"),
+        (2, "dispatched loaders"),
+    ],
+)
 def test_every_process_returns_the_report_of_one_process(alone, tmp_path, processes, way):
     """Without it the pairs could depend on the number of processes, or the processes disagree about the selection."""
     done = launch(processes, way, tmp_path)
@@ -52,6 +62,14 @@ def test_every_process_returns_the_report_of_one_process(alone, tmp_path, proces
     assert all(report == found[0] for report in found)
     assert found[0].pairs == 45
     close(found[0], alone)
+
+
+def test_processes_that_see_different_images_are_refused(tmp_path):
+    """Without it each process would take its share of images that no other has, and the rest be measured by nobody."""
+    done = launch(2, "different streams", tmp_path)
+    assert done.returncode != 0
+    assert "The processes see different target images" in done.stderr
+    assert not reports(tmp_path)
 
 
 def test_a_lost_process_ends_the_others_with_a_message(tmp_path):

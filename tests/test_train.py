@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,103 @@ def test_another_run_in_the_folder_is_neither_resumed_nor_overwritten(base, tmp_
     result = train(*asked(base, budget="0.2"), run_options(tmp_path, max_steps=2), start_over=True)
     assert result.trainable > 0
     assert json.loads((tmp_path / "plasticity_run.json").read_text())["budget"] == "0.2"
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"learning_rate": 0.5}, "learning_rate 0.001 -> 0.5"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine' -> 'linear'"),
+        ({"max_steps": 3}, "max_steps 2 -> 3"),
+        ({"gradient_accumulation_steps": 2}, "images_per_step 16 -> 32"),
+        ({"seed": 7, "weight_decay": 0.1}, "weight_decay 0.0 -> 0.1; seed 42 -> 7"),
+        ({"bf16": True}, "bf16 False -> True"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_is_not_resumed_under_another_training(base, tmp_path, changed, said):
+    """Without it a folder would hold a result that belongs to no set of arguments, and a new learning rate would do nothing."""
+    train(*asked(base, target_modules=["fc1"]), run_options(tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match=f"other arguments .{said}.*--start_over"):
+        train(*asked(base, target_modules=["fc1"]), run_options(tmp_path, **{"max_steps": 2, **changed}))
+
+
+def test_what_decides_nothing_may_change_when_a_run_is_resumed(base, tmp_path):
+    """Without it nobody could log more often, or share the same images per step among other batches."""
+    train(*asked(base, target_modules=["fc1"]), run_options(tmp_path, max_steps=2))
+    other = {"logging_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    train(*asked(base, target_modules=["fc1"]), run_options(tmp_path, max_steps=2, **other))
+
+
+def test_a_report_in_the_folder_is_the_runs_own_or_refused(base, tmp_path):
+    """Without it a run would select by whatever report lies in its folder, and not by the one that it was given."""
+    train(*asked(base), run_options(tmp_path / "run", max_steps=1))
+    own, other = tmp_path / "run" / "plasticity_report.json", tmp_path / "other.json"
+    other.write_text(own.read_text().replace('"seed": 0', '"seed": 1'))
+    train(*asked(base, report=str(other)), run_options(tmp_path / "given", max_steps=1))
+    with pytest.raises(ValueError, match="another report than .*run.plasticity_report.json"):
+        train(*asked(base, report=str(own)), run_options(tmp_path / "given", max_steps=1))
+    # the run has a copy of what it was given
+    other.unlink()
+    train(*asked(base, report=str(other)), run_options(tmp_path / "given", max_steps=1))
+
+    (tmp_path / "bare").mkdir()
+    bare = tmp_path / "bare" / "plasticity_report.json"
+    bare.write_text(own.read_text())
+    with pytest.raises(ValueError, match="holds a report, but no run"):
+        train(*asked(base), run_options(tmp_path / "bare", max_steps=1))
+    again = {"max_steps": 1}
+    train(*asked(base, report=str(bare)), run_options(tmp_path / "bare", **again), start_over=True)
+    assert bare.read_text() == own.read_text()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(*asked(base, report="nowhere.json"), run_options(tmp_path / "none", max_steps=1))
+
+
+def test_the_last_evaluation_of_training_is_not_repeated(base, tmp_path, monkeypatch):
+    """Without it every run would evaluate the same weights on the same images twice."""
+    from transformers import Trainer
+
+    calls, plain = [], Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, *a, **k: calls.append(1) or plain(self, *a, **k))
+    arguments = asked(base, target_modules=["fc1"])
+    once = train(*arguments, run_options(tmp_path / "a", max_steps=2))
+    assert len(calls) == 1
+    later = train(*arguments, run_options(tmp_path / "b", max_steps=2, eval_strategy="no"))
+    assert len(calls) == 2
+    for name in ("eval_loss", "eval_accuracy", "eval_macro_f1"):
+        assert once.metrics[name] == later.metrics[name]
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    train(*arguments, run_options(tmp_path / "c", max_steps=2, save_strategy="epoch", **best))
+    assert len(calls) == 4
+
+
+def test_a_comparison_in_a_folder_of_another_is_refused(base, tmp_path):
+    """Without it the numbers of other data, budgets or steps would be printed as those of this comparison."""
+    model, data, plasticity = asked(base, budget="2000", lora_dropout=0.0)
+    options = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+
+    def compared(data=data, plasticity=plasticity, methods=("highest",), start_over=False, **more):
+        training = run_options(tmp_path, **{**options, **more})
+        return compare(methods, [0], [1e-3], model, data, plasticity, training, start_over=start_over)
+
+    first = compared()
+    for change, said in (
+        ({"data": replace(data, max_train_samples=80)}, "max_train_samples 160 -> 80"),
+        ({"plasticity": replace(plasticity, budget="3000")}, "budget '2000' -> '3000'"),
+        ({"max_steps": 2}, "max_steps 1 -> 2"),
+        ({"plasticity": replace(plasticity, report=str(tmp_path / "nowhere.json"))}, "given_report False -> True"),
+    ):
+        with pytest.raises(ValueError, match=f"{said}.*--start_over"):
+            compared(**change)
+    assert compared(methods=("highest", "lowest"))[0] == first[0]
+    # a single run of it may have been made by hand
+    note = next(tmp_path.glob("lowest/*/plasticity_run.json"))
+    note.write_text(note.read_text().replace('"max_steps": 1', '"max_steps": 5'))
+    with pytest.raises(ValueError, match="max_steps 5 -> 1"):
+        compared(methods=("highest", "lowest"))
+    again = compared(plasticity=replace(plasticity, budget="3000"), start_over=True)
+    assert again[0]["trainable_parameters"] > first[0]["trainable_parameters"]
+    assert not list(tmp_path.glob("lowest/*/results.json"))
 
 
 def test_what_cannot_be_run_says_so_before_any_work(base, tmp_path):

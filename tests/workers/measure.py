@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,7 +18,9 @@ from plastic_peft import measure_plasticity
 
 def main(way: str, output: str) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=way == "dispatched loaders")
+    )
     generator = torch.Generator().manual_seed(2)
     sources, targets = torch.randn(2, 45, 3, 32, 32, generator=generator)
     model = models.transformers_model("vit")
@@ -28,12 +32,25 @@ def main(way: str, output: str) -> None:
         for layer in model.vit.layers:
             fully_shard(layer)
         fully_shard(model)
-    elif way == "dies" and accelerator.process_index == 1:
-        sources = _DiesAt([*sources[:20], *[None] * 25])
+    elif way == "dies":
+        sources = _DiesAt([*sources[:20], *[None] * 25] if accelerator.process_index == 1 else sources)
+    elif way.endswith("loaders"):
+        loaders = DataLoader(TensorDataset(targets), batch_size=3, shuffle=True), DataLoader(_Streamed(sources))
+        targets, sources = accelerator.prepare(*loaders)
+    elif way == "different streams":
+        targets = iter(targets[accelerator.process_index :])
     report = measure_plasticity(
         model, targets, sources, accelerator=accelerator, batch_size=16, tolerance=0, progress=False
     )
     report.save(Path(output) / f"rank{accelerator.process_index}.json")
+
+
+class _Streamed(IterableDataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
 
 
 class _DiesAt:
