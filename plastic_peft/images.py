@@ -134,7 +134,7 @@ def _ask_for_interpolation(module: nn.Module, args: Any, kwargs: dict[str, Any])
     return args, {**kwargs, "interpolate_pos_encoding": True}
 
 
-# --- where images come from --------------------------------------------------------------------------------------------
+# --- where images come from -------------------------------------------------------------------------------------------
 
 
 class Indexed:
@@ -251,8 +251,7 @@ def _unprepared(loader: Any) -> _Collated | DataLoader[Any]:
         sampler = sampler.batch_sampler
     sampler = getattr(sampler, "sampler", None)
     everything = sampler is None or isinstance(sampler, (SequentialSampler, RandomSampler))
-    with torch.random.fork_rng(devices=[]):
-        indices = range(len(dataset)) if everything else sorted(set(sampler))
+    indices = range(len(dataset)) if everything else sorted(set(sampler))
     return _Collated(dataset, loader.collate_fn, indices)
 
 
@@ -304,7 +303,7 @@ def _opened(data: Any, processor: Processor | None, what: str) -> Indexed | Stre
     return Indexed(list(images.buffer), processor, what)
 
 
-# --- what images look like ---------------------------------------------------------------------------------------------
+# --- what images look like --------------------------------------------------------------------------------------------
 
 
 def _is_array(value: Any) -> bool:
@@ -358,7 +357,7 @@ def _is_batch(item: Mapping[str, Any], key: str) -> bool:
 
 
 def _rows(item: Any) -> Iterator[Any]:
-    """The single images in what a stream yields: an image, a batch, (images, labels) in any order, or a list of these."""
+    """The single images in what a stream yields: an image, a batch, images with labels in any order, lists of these."""
     if isinstance(item, Mapping) and (key := _image_key(item)) is not None and _is_batch(item, key):
         columns = [name for name in (key, *_COMPANIONS) if name in item]
         for index in range(len(item[key])):
@@ -461,7 +460,7 @@ def _as_tensor(value: Any) -> torch.Tensor:
 
 
 def _as_picture(image: Any, what: str) -> Image.Image:
-    """A PIL image from an image as files hold it; tensors have their channels first, arrays last, if both are possible."""
+    """A PIL image from one as files hold it; where both are possible, tensors have channels first and arrays last."""
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
@@ -470,7 +469,7 @@ def _as_picture(image: Any, what: str) -> Image.Image:
     axes = [axis for axis in (0, -1) if array.ndim == 3 and array.shape[axis] in _MODES]
     if not axes:
         raise ValueError(
-            f"{what} holds a uint8 image of shape {array.shape}: its first or last dimension must be 1, 3 or 4 channels."
+            f"{what} holds uint8 images of shape {array.shape}: the first or last dimension must be 1, 3 or 4 channels."
         )
     array = np.moveaxis(array, axes[0] if isinstance(image, torch.Tensor) else axes[-1], -1)
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
@@ -482,8 +481,8 @@ def _processed(picture: Image.Image, processor: Processor | None, what: str) -> 
         channels, processor = processor.channels, processor.processor
     if processor is None:
         raise ValueError(
-            f"{what} holds raw images, and the model names no saved image processor: pass image_processor=..., or ready "
-            "pixel_values (scaled and normalised floats)."
+            f"{what} holds raw images, and the model names no saved image processor: pass image_processor=..., or "
+            "ready pixel_values (scaled and normalised floats)."
         )
     image: Any = picture.convert(_MODES.get(channels, "RGB"))
     if channels == 1:
@@ -517,7 +516,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch | tuple[torch.Tensor, 
     return {key: value for key, value in batch.items() if key not in ("labels", "label")}
 
 
-# --- pairs -------------------------------------------------------------------------------------------------------------
+# --- pairs ------------------------------------------------------------------------------------------------------------
 
 
 def first_pair(target: Any, source: Any, processor: Processor | None) -> tuple[Batch, Any, Any]:
@@ -616,8 +615,8 @@ def _refuse_unequal(targets: Indexed | Stream, sources: Indexed | Stream | None)
     for images in (targets, sources):
         if images is not None and len(set(gather_object([images.digest()]))) > 1:
             raise ValueError(
-                f"The processes see different {images.what} images, but each takes its share of the same ones: pass the "
-                "data set, or a loader that gives every process the same images in the same order (not sharded, and "
+                f"The processes see different {images.what} images, but each takes its share of the same ones: pass "
+                "the data set, or a loader that gives every process the same images in the same order (not sharded, and "
                 "unshuffled or seeded alike)."
             )
 

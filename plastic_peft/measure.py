@@ -41,7 +41,16 @@ from .components import (
     trace,
     unwrap,
 )
-from .images import PairBatch, Processor, find_processor, first_pair, model_inputs, most_pairs, pair_batches
+from .images import (
+    PairBatch,
+    Processor,
+    find_processor,
+    first_pair,
+    model_inputs,
+    most_pairs,
+    pair_batches,
+    repetition_notes,
+)
 from .report import PlasticityReport, Row, candidates
 from .selection import check_options, select
 
@@ -79,8 +88,9 @@ def measure_plasticity(
 
     Args:
         model: The model, before or after `accelerator.prepare`. It is left as it was, also after an error.
-        target: Downstream images: a `datasets.Dataset` (an image column, or ready `pixel_values`), a `DataLoader`, an
-            iterable of batches, or one tensor (n, channels, height, width).
+        target: Downstream images: a `datasets.Dataset` (an image column, or ready `pixel_values`), a `DataLoader` (before or
+            after `accelerator.prepare`), a list or iterable of images or batches, or one tensor (n, channels, height,
+            width). What cannot be read by index is shuffled in a buffer; see `plastic_peft.images.pair_batches`.
         source: Images like the pretraining data, in any of these forms. Without it pairs are drawn inside the target,
             and the report has no `shift`.
         inputs: `"hidden"`: every component on the inputs that it really receives. `"embedding"`: every component of every
@@ -104,7 +114,7 @@ def measure_plasticity(
     # loaders draw from the global random state
     with torch.random.fork_rng(devices=[]):
         core = unwrap(model)
-        processor = image_processor or find_processor(core)
+        processor = find_processor(core, image_processor)
         example, target, source = first_pair(target, source, processor)
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
 
@@ -165,7 +175,10 @@ def measure_plasticity(
         tolerance=tolerance,
         seed=seed,
         max_pairs=max_pairs,
-        notes=tuple(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
+        notes=(
+            *(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
+            *repetition_notes(target, source, total),
+        ),
         **origin(core, structure),
     )
 

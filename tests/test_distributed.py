@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_every_process_returns_the_report_of_one_process(alone, tmp_path, proces
     assert all(report == found[0] for report in found)
     assert found[0].pairs == 45
     close(found[0], alone)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed, a large optional package, is not installed")
+def test_weights_that_zero3_has_split_are_measured_and_bounded_whole(alone, tmp_path, monkeypatch):
+    """Without it models too large for one device would be read as models without weights."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = launch(2, "zero3", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for report in reports(tmp_path):
+        close(report, alone)
 
 
 def test_processes_that_see_different_images_are_refused(tmp_path):

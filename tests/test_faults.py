@@ -20,6 +20,8 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from transformers import ViTImageProcessor
 
+from plastic_peft.faults import LostProcessError, MemoryFullError, explained
+
 
 OPTIONS = {
     "dataset_name": "digits",
@@ -256,6 +258,35 @@ def test_what_cannot_be_written_is_said_before_the_work(train, whole, tmp_path, 
         last = attempt.said().strip().splitlines()[-1]
         assert "cannot be written" in last and re.search(r"with --output(_dir)?\.$", last), last
         assert "Measur" not in attempt.said()
+
+
+def test_what_the_machine_says_is_told_with_a_remedy(tmp_path):
+    """Without it a full GPU would be a traceback, and a PyTorch without NCCL would be taken for a lost process."""
+
+    def wrapped():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        except RuntimeError as error:
+            raise ValueError("The model cannot take batch 0: pass images of the size that it expects.") from error
+
+    with (
+        pytest.raises(MemoryFullError, match="Tried to allocate.*--gradient_checkpointing.*--measure_batch_size"),
+        explained(),
+    ):
+        wrapped()
+    with pytest.raises(OSError, match="--ddp_backend gloo.*--use_cpu"), explained():
+        raise RuntimeError("Distributed package doesn't have NCCL built in")
+    with pytest.raises(LostProcessError, match="Process 1"), explained(tmp_path, 1):
+        raise RuntimeError("NCCL error: remote process exited")
+
+
+def test_several_processes_say_things_once(train, tmp_path):
+    """Without it every message and warning would come as often as there are processes."""
+    ranks = train(tmp_path / "run", "--max_steps", "2", world=2)
+    assert ranks.codes() == [0, 0], ranks.said()
+    assert "Measuring on" in ranks.said(0) and "Measuring on" not in ranks.said(1)
+    assert ranks.said(1).strip() == ""
+    assert "Warning" not in ranks.said(0) and "find_unused" not in ranks.said(0)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(train, tmp_path):

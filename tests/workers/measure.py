@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 
-from plastic_peft import measure_plasticity
+from plastic_peft import measure_plasticity, plasticity_bounds
 
 
 def main(way: str, output: str) -> None:
@@ -32,6 +32,8 @@ def main(way: str, output: str) -> None:
         for layer in model.vit.layers:
             fully_shard(layer)
         fully_shard(model)
+    elif way == "zero3":
+        model = _split_by_zero3(model)
     elif way == "dies":
         sources = _DiesAt([*sources[:20], *[None] * 25] if accelerator.process_index == 1 else sources)
     elif way.endswith("loaders"):
@@ -43,6 +45,22 @@ def main(way: str, output: str) -> None:
         model, targets, sources, accelerator=accelerator, batch_size=16, tolerance=0, progress=False
     )
     report.save(Path(output) / f"rank{accelerator.process_index}.json")
+
+
+def _split_by_zero3(model):
+    """DeepSpeed's engine, which holds a part of every weight and lets go of the others after each module."""
+    import deepspeed
+
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+    optimizer = {"type": "Adam", "params": {"torch_adam": True}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage, "optimizer": optimizer}
+    before = plasticity_bounds(model)
+    engine = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config={**config, "zero_force_ds_cpu_optimizer": False}
+    )[0]
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert plasticity_bounds(engine) == before
+    return engine
 
 
 class _Streamed(IterableDataset):
