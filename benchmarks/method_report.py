@@ -94,6 +94,44 @@ def duels(table: pandas.DataFrame) -> str:
     return markdown(rows)
 
 
+def norms_table(table: pandas.DataFrame) -> str:
+    """What it changes to train the norms in full at the same number of trainable parameters, method by method."""
+    rows = []
+    for (task, budget), mine in table.groupby(["task", "budget"], sort=False):
+        for method in mine.method.unique():
+            d = paired(mine, f"norms:{method}", method)
+            if d:
+                won, lost = sum(x > 0.005 for x in d), sum(x < -0.005 for x in d)
+                score = f"{won}/{len(d) - won - lost}/{lost}"
+                rows.append(
+                    {
+                        "task": task,
+                        "trained": f"{budget:,}",
+                        "method": f"`{method}`",
+                        "seeds": len(d),
+                        "gain": interval(d),
+                        "wins/ties/losses": score,
+                        "differences": d,
+                    }
+                )
+    total = [x for row in rows for x in row.pop("differences")]
+    if not total:
+        return ""
+    won, lost = sum(x > 0.005 for x in total), sum(x < -0.005 for x in total)
+    score = f"{won}/{len(total) - won - lost}/{lost}"
+    rows.append(
+        {
+            "task": "all",
+            "trained": "",
+            "method": "",
+            "seeds": len(total),
+            "gain": interval(total),
+            "wins/ties/losses": score,
+        }
+    )
+    return markdown(rows)
+
+
 def correlations(table: pandas.DataFrame, task: str, signals: dict[str, dict[str, float]]) -> str:
     """Spearman correlation of each signal with the gain of training one role over all depths."""
     mine = table[table.task == task].groupby("method").test.mean()
@@ -163,7 +201,13 @@ def main() -> None:
             data = json.loads(path.read_text())
             costs[task], signals[task] = data["results"], data["settings"]["signals"]
     lora = table[table.budget > 0]
+    norms = norms_table(lora)
+    # budgets other than the main one are for the comparison above only
+    main_budget = lora.budget.mode()[0]
+    table = table[table.budget.isin([0, main_budget])]
+    lora = lora[lora.budget == main_budget]
     parts = [(ROOT / "benchmarks" / "method_comparison.md").read_text().strip()]
+    parts += ["## Norms in full beside LoRA", norms] if norms else []
     parts += ["## Measured selections against fixed rules", duels(lora)]
     section: Callable[[str], list[str]] = lambda task: [  # noqa: E731
         f"## {task}",

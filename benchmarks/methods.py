@@ -68,13 +68,15 @@ def choose(method: str, situation: Situation) -> Choice:
     if name == "select":
         chosen = dict(pair.split("=") for pair in options.split(","))
         report = situation.report(chosen.pop("inputs", "hidden"))
-        settings = {"granularity": "module", "r": 8, **{k: int(v) if v.isdigit() else v for k, v in chosen.items()}}
+        settings = {k: int(v) if v.isdigit() else v for k, v in chosen.items()}
+        # all methods adapt linears; `norms:` in front of any of them adds the norms
+        settings = {"granularity": "module", "r": 8, "train_norms": False, **settings}
         return Choice(
             _filled(report.select(budget=situation.budget, seed=situation.seed, **settings), candidates, situation)
         )
     if name == "random":
         drawn = situation.report("hidden").select(
-            budget=situation.budget, granularity="module", order="random", seed=situation.seed
+            budget=situation.budget, granularity="module", order="random", seed=situation.seed, train_norms=False
         )
         return Choice(_filled(drawn, candidates, situation))
     if name == "best-role":

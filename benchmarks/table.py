@@ -58,7 +58,8 @@ def training(data: dict[str, Any]) -> str:
             "model": r["model"],
             "batch": r.get("batch", ""),
             "time": spread(r["time"]),
-            "peak memory": f"{r['memory']:.3f}" if "memory" in r else "",
+            "memory of a step": f"{r['memory_of_a_step']:.3f}" if "memory_of_a_step" in r else "",
+            "peak memory, weights included": f"{r['memory']:.3f}" if "memory" in r else "",
         }
         for r in data["results"]
     ]
