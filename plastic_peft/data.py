@@ -277,7 +277,10 @@ def _load_file(path: Path, image_column: str | None, options: dict[str, Any]) ->
     missing = [file for file in files if file and not Path(file).is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names {len(missing)} images that do not exist, such as {missing[0]}.")
-    return data.remove_columns([column]).add_column(column, files).cast_column(column, datasets.Image())
+    rest = data.remove_columns([column])
+    # a table without columns has no rows to add a column to
+    data = rest.add_column(column, files) if rest.column_names else datasets.Dataset.from_dict({column: files})
+    return data.cast_column(column, datasets.Image())
 
 
 def _only_split(splits: dict[str, datasets.Dataset], path: Any) -> datasets.Dataset:

@@ -20,21 +20,9 @@ from transformers import TrainingArguments
 from .arguments import DataArguments, ModelArguments, PlasticityArguments
 from .components import BLOCK_ROLES
 from .report import REPORT_NAME, PlasticityReport, write_whole
+from .run_folder import RESULTS_NAME, RUN_NAME, check_note, given_report, open_run, report_of_run, reserved
 from .selection import ORDERS, Candidate
-from .train import (
-    RESULTS_NAME,
-    RUN_NAME,
-    check_note,
-    check_training,
-    given_report,
-    load_model,
-    measure_run,
-    open_run,
-    report_of_run,
-    reserved,
-    run_note,
-    train,
-)
+from .train import check_training, load_model, measure_run, run_note, train
 from .tuner.model import LoraMatch
 
 

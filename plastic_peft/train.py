@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import datasets
 import numpy as np
 import peft
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -55,20 +53,24 @@ from .card import model_card
 from .components import unwrap
 from .data import class_counts, collate, load_unlabelled, resize_to, transform_of, with_pixels
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
-from .faults import explained, unwritable
+from .faults import explained
 from .images import accept_image_size
 from .measure import measure_plasticity
 from .metrics import load_metric
-from .report import REPORT_NAME, PlasticityReport, write_whole
+from .report import PlasticityReport, write_whole
+from .run_folder import (
+    RESULTS_NAME,
+    SELECTION_NAME,
+    WholeCheckpoints,
+    given_report,
+    last_whole_checkpoint,
+    open_run,
+    report_of_run,
+    reserved,
+)
 
 
 logger = logging.getLogger(__name__)
-
-RUN_NAME = "plasticity_run.json"
-SELECTION_NAME = "plasticity_selection.json"
-RESULTS_NAME = "results.json"
-WHOLE_NAME = "whole.json"
-LOCK_NAME = ".lock"
 
 METRICS = ("loss", "accuracy", "top5_accuracy", "macro_f1")
 
@@ -279,32 +281,6 @@ class Epochs(TrainerCallback):
             self.transform.set_epoch(int(state.epoch or 0))
 
 
-class WholeCheckpoints(TrainerCallback):
-    """Mark a checkpoint once all processes have written it, so that a half-written one is never resumed from."""
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        args.distributed_state.wait_for_everyone() if args.distributed_state is not None else None
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            write_whole(folder / WHOLE_NAME, json.dumps(_sizes(folder)))
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != WHOLE_NAME)
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
-def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
-    """The latest checkpoint of which every file was written, `None` if there is none."""
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        with contextlib.suppress(OSError, ValueError):
-            if number.isdigit() and json.loads((folder / WHOLE_NAME).read_text()) == _sizes(folder):
-                found[int(number)] = folder
-    return found[max(found)] if found else None
-
-
 def make_trainer(
     model: nn.Module,
     data: Mapping[str, datasets.Dataset],
@@ -374,124 +350,6 @@ def _gathered_weights(trainer: Trainer) -> dict[str, Any] | None:
         return None
     weights: dict[str, Any] | None = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return weights
-
-
-# --- the folder of a run -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder until this one ends, in whatever way: the lock goes with the process.
-
-    Raises:
-        ValueError: If another run is under way in the folder.
-        OSError: If it cannot be written.
-    """
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("it is read-only")
-        # some network file systems have no locks
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire()
-        # what a run that was killed while it saved has left
-        for unfinished in folder.glob(f"{hub.SAVING}*"):
-            shutil.rmtree(unfinished)
-    except Timeout:
-        raise ValueError(
-            f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "
-            "choose another output_dir (--output_dir)."
-        ) from None
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def open_run(folder: Path, noted: Mapping[str, Any], report: str | None = None, *, start_over: bool = False) -> None:
-    """Note what a run is asked for, or check that it is what the folder's earlier run was asked for.
-
-    Args:
-        noted: What decides the result, as of `arguments.as_noted`.
-        report: Path of the report that was given.
-        start_over: Remove an earlier run first, but not the report that was given.
-
-    Raises:
-        ValueError: If the folder holds a run with other arguments, or a report of which no run is known.
-        OSError: If the note cannot be written.
-    """
-    own = folder / REPORT_NAME
-    given_own = report is not None and own.resolve() in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
-    if start_over:
-        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
-            (folder / name).unlink(missing_ok=True)
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    if (folder / RUN_NAME).is_file():
-        check_note(folder, noted)
-        return
-    if own.is_file() and not given_own:
-        raise ValueError(
-            f"{folder} holds a report, but no run: select by it with report (--report {own}), choose another output_dir, or "
-            "remove it with start_over (--start_over)."
-        )
-    try:
-        write_whole(folder / RUN_NAME, json.dumps(noted, indent=1))
-    except OSError as error:
-        raise unwritable(folder, error) from None
-
-
-def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if the run in the folder was asked for something else."""
-    before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    # a release that wrote the note may not have had all arguments
-    changed = [f"{key} {before[key]!r} -> {noted[key]!r}" for key in noted if before.get(key, noted[key]) != noted[key]]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
-            "output_dir, or remove it with start_over (--start_over)."
-        )
-
-
-def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
-    """The report that was given, `None` if there is none, or if it is gone and the folder's run has a copy.
-
-    Raises:
-        FileNotFoundError: If there is no such report.
-        ValueError: If it is no whole report, or another one than that of the folder's run.
-    """
-    if path is None:
-        return None
-    kept = folder / REPORT_NAME
-    if not Path(path).exists() and kept.is_file():
-        return None
-    report = PlasticityReport.load(path)
-    if kept.is_file() and PlasticityReport.load(kept) != report:
-        raise ValueError(
-            f"{folder} holds a run with another report than {path}: leave report out, choose another output_dir, or remove "
-            "the run with start_over (--start_over)."
-        )
-    return report
-
-
-def report_of_run(
-    folder: Path, given: PlasticityReport | None, measured: Callable[[], PlasticityReport], main: bool
-) -> PlasticityReport:
-    """The report that the run in the folder selects by: its own if it has one, else the given or a measured one.
-
-    Args:
-        main: Whether this process is the one that saves it.
-    """
-    if (folder / REPORT_NAME).is_file():
-        logger.info("Using the report in %s.", folder)
-        return PlasticityReport.load(folder)
-    report = given or measured()
-    if main:
-        report.save(folder)
-    return report
 
 
 # --- what a run can be known to fail by --------------------------------------------------------------------------------
@@ -655,7 +513,6 @@ def _train(
         if main and repository is not None:
             repository.make()
         data = data_args.load(**model_args.download_options())
-    checkpoint = _checkpoint_to_resume(folder, training_args)
 
     adapted, processor, report = _adapted_model(
         folder, model_args, data_args, plasticity_args, training_args, data, given
@@ -665,7 +522,7 @@ def _train(
     for callback in callbacks:
         if hasattr(callback, "trainer"):
             callback.trainer = trainer
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(folder, training_args))
     metrics = _evaluated(trainer, data, processor)
 
     shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}

@@ -164,6 +164,14 @@ def test_corrupt_images_are_named_and_skipped_or_refused(tmp_path, caplog):
         rows[:]
 
 
+def test_a_table_may_hold_nothing_but_paths(tmp_path):
+    """Without it a plain list of images could not be predicted or measured on."""
+    image_folder(tmp_path / "images", {"cat": 3})
+    files = [f"images/cat/{i}.png" for i in range(3)]
+    datasets.Dataset.from_dict({"image": files}).to_csv(tmp_path / "list.csv")
+    assert len(load_unlabelled(tmp_path / "list.csv")) == 3
+
+
 def test_images_that_a_table_lists_are_named_by_their_files(tmp_path, caplog):
     """Rows of a CSV or parquet file would have to be counted to find the broken image, or after a gap miscounted."""
     image_folder(tmp_path / "images", {"cat": 3, "dog": 3})

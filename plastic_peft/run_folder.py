@@ -1,0 +1,170 @@
+"""The output folder of a run: locked while it goes on, with a note of what was asked for and checkpoints known to be whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback, TrainingArguments
+
+from .faults import unwritable
+from .hub import SAVING
+from .report import REPORT_NAME, PlasticityReport, write_whole
+
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "plasticity_run.json"
+SELECTION_NAME = "plasticity_selection.json"
+RESULTS_NAME = "results.json"
+WHOLE_NAME = "whole.json"
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder until this one ends, in whatever way: the lock goes with the process.
+
+    Raises:
+        ValueError: If another run is under way in the folder.
+        OSError: If it cannot be written.
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it is read-only")
+        # some network file systems have no locks
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
+        # what a run that was killed while it saved has left
+        for unfinished in folder.glob(f"{SAVING}*"):
+            shutil.rmtree(unfinished)
+    except Timeout:
+        raise ValueError(
+            f"Another run is under way in {folder}: wait for it or stop it (processes outlive a launcher that was killed), or "
+            "choose another output_dir (--output_dir)."
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(folder: Path, noted: Mapping[str, Any], report: str | None = None, *, start_over: bool = False) -> None:
+    """Note what a run is asked for, or check that it is what the folder's earlier run was asked for.
+
+    Args:
+        noted: What decides the result, as of `arguments.as_noted`.
+        report: Path of the report that was given.
+        start_over: Remove an earlier run first, but not the report that was given.
+
+    Raises:
+        ValueError: If the folder holds a run with other arguments, or a report of which no run is known.
+        OSError: If the note cannot be written.
+    """
+    own = folder / REPORT_NAME
+    given_own = report is not None and own.resolve() in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
+    if start_over:
+        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
+            (folder / name).unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    if (folder / RUN_NAME).is_file():
+        check_note(folder, noted)
+        return
+    if own.is_file() and not given_own:
+        raise ValueError(
+            f"{folder} holds a report, but no run: select by it with report (--report {own}), choose another output_dir, or "
+            "remove it with start_over (--start_over)."
+        )
+    try:
+        write_whole(folder / RUN_NAME, json.dumps(noted, indent=1))
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if the run in the folder was asked for something else."""
+    before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+    # a release that wrote the note may not have had all arguments
+    changed = [f"{key} {before[key]!r} -> {noted[key]!r}" for key in noted if before.get(key, noted[key]) != noted[key]]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
+            "output_dir, or remove it with start_over (--start_over)."
+        )
+
+
+def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
+    """The report that was given, `None` if there is none, or if it is gone and the folder's run has a copy.
+
+    Raises:
+        FileNotFoundError: If there is no such report.
+        ValueError: If it is no whole report, or another one than that of the folder's run.
+    """
+    if path is None:
+        return None
+    kept = folder / REPORT_NAME
+    if not Path(path).exists() and kept.is_file():
+        return None
+    report = PlasticityReport.load(path)
+    if kept.is_file() and PlasticityReport.load(kept) != report:
+        raise ValueError(
+            f"{folder} holds a run with another report than {path}: leave report out, choose another output_dir, or remove "
+            "the run with start_over (--start_over)."
+        )
+    return report
+
+
+def report_of_run(
+    folder: Path, given: PlasticityReport | None, measured: Callable[[], PlasticityReport], main: bool
+) -> PlasticityReport:
+    """The report that the run in the folder selects by: its own if it has one, else the given or a measured one.
+
+    Args:
+        main: Whether this process is the one that saves it.
+    """
+    if (folder / REPORT_NAME).is_file():
+        logger.info("Using the report in %s.", folder)
+        return PlasticityReport.load(folder)
+    report = given or measured()
+    if main:
+        report.save(folder)
+    return report
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Mark a checkpoint once all processes have written it, so that a half-written one is never resumed from."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.distributed_state is not None:
+            args.distributed_state.wait_for_everyone()
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_whole(folder / WHOLE_NAME, json.dumps(_sizes(folder)))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != WHOLE_NAME)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The latest checkpoint of which every file was written, `None` if there is none."""
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        with contextlib.suppress(OSError, ValueError):
+            if number.isdigit() and json.loads((folder / WHOLE_NAME).read_text()) == _sizes(folder):
+                found[int(number)] = folder
+    return found[max(found)] if found else None
