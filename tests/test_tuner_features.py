@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from feature_table import PAGE, feature, page
 from models import quantised_vit_nano, transformers_model, vit_name
 from peft import (
@@ -617,6 +618,29 @@ def test_norms(base, pixels, adapter):
     model = get_peft_model(base, chosen(adapter, vit_name("vit.layers.0.layernorm_before"))).eval()
     adapted = logits(model, pixels)
     assert torch.equal(logits(model.merge_and_unload(), pixels), adapted)
+
+
+@feature("Norms in full beside the selection (`train_norms`)", full='train_norms applies to adapter="lora"')
+def test_train_norms(base, pixels, adapter):
+    """The cheapest parameters of a model would stay frozen, or be trained without being switched off with the rest."""
+    before = logits(base, pixels)
+    report = measure_plasticity(base, torch.randn(8, 3, 32, 32), progress=False)
+    model = get_peft_model(base, PlasticityConfig(plasticity=report, adapter=adapter, top_k=1, train_norms=True)).eval()
+    norms = [p for name, p in model.named_parameters() if p.requires_grad and "layernorm" in name]
+    assert len(norms) == 2 * 2 * base.config.num_hidden_layers
+    with torch.no_grad():
+        norms[0].mul_(2)
+    assert not torch.equal(logits(model, pixels), before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, pixels), before)
+
+
+@feature("Modules offloaded to CPU or disk after injection", full="is offloaded to CPU or disk")
+def test_offloading(base, pixels, adapter):
+    """Accelerate puts the original weights back before a module runs, over an adapter's."""
+    model = get_peft_model(base, chosen(adapter, vit_name("vit.layers.0.mlp.fc1"))).eval()
+    adapted = logits(model, pixels)
+    assert torch.equal(logits(cpu_offload(model, execution_device="cpu"), pixels), adapted)
 
 
 @feature("`nn.MultiheadAttention` as target")
