@@ -345,7 +345,7 @@ class SelectionArguments:
     train_norms: Optional[bool] = field(
         default=None,
         metadata={
-            "help": "Train the norms in full beside LoRA; by default where they cost at most half of the budget."
+            "help": "Train the norms in full beside LoRA; by default where they cost at most a quarter of the budget."
         },
     )
 

@@ -21,7 +21,7 @@ RANK_ALLOCATIONS = ("uniform", "proportional")
 ADAPTERS = ("lora", "full")
 NORM_ROLES = ("norm_attention", "norm_mlp")
 DEFAULT_BUDGET = 0.01
-NORMS_SHARE = 0.5
+NORMS_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def select(
             uniform otherwise.
         adapter: `"lora"` or `"full"`; LoRA goes on the modules that can take it, which norms cannot.
         train_norms: Train the norms of all blocks in full beside LoRA. They cost next to nothing, and a budget pays for
-            them first. By default for a budget of which they take at most half.
+            them first. By default for a budget of which they take at most a quarter.
         r: LoRA rank; without effect where a budget is spent proportionally.
 
     Raises:

@@ -208,10 +208,10 @@ def test_norms_are_trained_where_a_budget_has_room_for_them():
     norms = [candidate(f"n{i}", "norm_mlp", i, parameters=20) for i in range(2)]
     pool = [*norms, candidate("a", cost=10)]
     options = dict(base_parameters=1000, rank_allocation="proportional")
-    assert select(pool, budget=80, **options).norms == ("n0", "n1")
-    assert select(pool, budget=80, **options).ranks == {"a": 4}
-    assert select(pool, budget=79, **options).norms == ()
-    assert select(pool, budget=79, train_norms=True, **options).ranks == {"a": 3}
+    assert select(pool, budget=160, **options).norms == ("n0", "n1")
+    assert select(pool, budget=160, **options).ranks == {"a": 12}
+    assert select(pool, budget=159, **options).norms == ()
+    assert select(pool, budget=159, train_norms=True, **options).ranks == {"a": 11}
     assert select(pool, top_k=1, **options).norms == ()
     assert select(pool, top_k=1, train_norms=True, base_parameters=1000, r=2).parameters == 20 + 40
     with pytest.raises(ValueError, match="without the norms.*below the first module"):

@@ -81,7 +81,7 @@ class PlasticityConfig(LoraConfig):
             follows, so that every module keeps the same scaling.
         train_norms (`bool`, *optional*):
             Train the norms of the blocks in full beside LoRA, as `modules_to_save`; a budget pays for them first. By default
-            for a budget of which they take at most half: at equal trainable parameters it gains about a point of accuracy.
+            for a budget of which they take at most a quarter: at equal trainable parameters it gains about a point of accuracy.
         seed (`int`, defaults to 0): Decides `order="random"`.
         modules_to_save (`list[str]` or `"auto"`, defaults to `"auto"`):
             Modules trained in full and saved with the adapter; `"auto"` finds the classification head.
