@@ -396,9 +396,9 @@ def test_a_sharded_run_is_tracked_resumes_saves_and_pushes_like_any(base, tmp_pa
 
 def test_the_callback_follows_plasticity_and_changes_nothing(base, tmp_path):
     """A curve that disturbed the training it watches, or forgot its past on resuming, would be worth nothing."""
-    arguments = asked(base, track_every=4)
+    arguments = asked(base, track_every=4, train_norms=False)
     watched = train(*arguments, run_options(tmp_path / "a", max_steps=8))
-    plain = train(*asked(base), run_options(tmp_path / "b", max_steps=8))
+    plain = train(*asked(base, train_norms=False), run_options(tmp_path / "b", max_steps=8))
     assert watched.metrics["test_loss"] == plain.metrics["test_loss"]
     curve = json.loads((tmp_path / "a" / "plasticity_curve.json").read_text())
     assert curve["steps"] == [0, 4, 8]
@@ -443,13 +443,14 @@ def test_a_measurement_costs_what_its_docstring_says(tmp_path, options, passes):
     assert calls == passes
     assert len(calls) == 1 + -(-callback.pairs // callback.batch_size)
     images = all_of_it.get_total_flops() / one.get_total_flops()
-    assert sum(passes) <= images < sum(passes) + 2
+    assert sum(passes) <= images < 1.05 * sum(passes) + 2
 
 
 def test_the_curve_reaches_tensorboard(base, tmp_path, monkeypatch):
     """People watch a tracker while a run lasts; a curve that is only in its own file comes too late."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    train(*asked(base, track_every=2), run_options(tmp_path / "run", max_steps=4, report_to="tensorboard"))
+    arguments = asked(base, track_every=2, train_norms=False)
+    train(*arguments, run_options(tmp_path / "run", max_steps=4, report_to="tensorboard"))
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     curve = json.loads((tmp_path / "run" / CURVE_NAME).read_text())
     for key, first in (("plasticity", 0), ("gradient_norm", 1)):
