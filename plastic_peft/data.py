@@ -227,8 +227,10 @@ def _load_folder(path: Path, config: str | None, options: dict[str, Any]) -> Any
     tables = [file for file in files if file.suffix.lower() in _FILES]
     archives = [file for file in files if file.suffix.lower() == ".zip"]
     if (images and any(file.name in _METADATA for file in tables)) or (archives and not images and not tables):
-        # the library drops the label of a folder with a single class unless told not to
-        return _load_dataset(path, "imagefolder", data_dir=str(path), drop_labels=False, **options)
+        # the library drops the label of a folder with a single class unless told not to, and older releases prefer it to
+        # the label that the metadata gives
+        given = any("label" in _metadata_columns(file) for file in tables if file.name in _METADATA)
+        return _load_dataset(path, "imagefolder", data_dir=str(path), drop_labels=given, **options)
     # CSV and JSON files among images are notes on them; a picture beside other tables is likely to be a logo
     noted = all(_FILES[file.suffix.lower()] in ("csv", "json") for file in tables)
     if images and (noted or len({file.parent for file in images}) > 1):
@@ -238,6 +240,15 @@ def _load_folder(path: Path, config: str | None, options: dict[str, Any]) -> Any
             f"{path} holds no image files (.jpg, .png, ...) and no tables of images ({', '.join(_FILES)})."
         )
     return _load_dataset(path, str(path), config, **options)
+
+
+def _metadata_columns(file: Path) -> list[str]:
+    import pandas
+
+    if file.suffix == ".csv":
+        return list(map(str, pandas.read_csv(file, nrows=1).columns))
+    table = pandas.read_json(file, lines=True, nrows=1) if file.suffix == ".jsonl" else pandas.read_parquet(file)
+    return list(map(str, table.columns))
 
 
 def _load_image_folder(path: Path, files: list[Path]) -> dict[str, datasets.Dataset]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch report failed writes without an error number
-_UNWRITTEN = (*map(os.strerror, _FULL), "inline_container", "PytorchStreamWriter")
+_UNWRITTEN = (*map(os.strerror, _FULL), "inline_container", "PytorchStreamWriter", "iostream error")
 _UNREACHED = ("gloo", "NCCL", "TCPStore", "Timed out waiting", "process group")
 _NO_ROOM = ("out of memory", "can't allocate memory", "not enough memory")
 
