@@ -1,6 +1,6 @@
 """Cost and figures of the measurement, against a bare forward pass and against the paper's protocol.
 
-    python benchmarks/measurement.py overhead
+    python benchmarks/measurement.py overhead [--model DIR --source source.parquet --target target.parquet]
     python benchmarks/measurement.py scaling
     python benchmarks/measurement.py bounds
     python benchmarks/measurement.py pairs --model DIR --source source.parquet --target target.parquet --name cifar10
@@ -77,10 +77,17 @@ def vit(depth: int = 12, width: int = 192) -> ViTForImageClassification:
     return ViTForImageClassification(config).eval()
 
 
-def cost(model: ViTForImageClassification, pairs: int, per_batch: int, rounds: int) -> dict[str, Any]:
+def cost(
+    model: ViTForImageClassification,
+    pairs: int,
+    per_batch: int,
+    rounds: int,
+    images: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """Time and memory of a whole call, tracing included, over bare forward passes of the same images."""
     size = model.config.image_size
-    sources, targets = torch.randn(2, pairs, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, pairs, 3, size, size, generator=torch.Generator().manual_seed(0))
+    sources, targets = noise if images is None else images
     parts = [torch.cat(both) for both in zip(sources.split(per_batch), targets.split(per_batch), strict=True)]
 
     @torch.no_grad()
@@ -105,6 +112,16 @@ def cost(model: ViTForImageClassification, pairs: int, per_batch: int, rounds: i
 
 
 def overhead(arguments: argparse.Namespace) -> None:
+    if arguments.model:
+        model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
+        results = []
+        for pairs, per_batch in [(64, 8), (256, 8), (256, 32)]:
+            images = tuple(pixels(load(path).select(range(pairs))) for path in (arguments.source, arguments.target))
+            row = cost(model, pairs, per_batch, arguments.rounds, images)
+            results.append({"model": Path(arguments.model).name, **row})
+            print(json.dumps(results[-1]), flush=True)
+        save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
+        return
     plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 128, 8), ("DeiT-tiny", 128, 16)]
     results = []
     for name, pairs, per_batch in [*plan, ("ViT-B/16", 16, 4), ("ViT-B/16", 16, 8)]:
