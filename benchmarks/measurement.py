@@ -115,7 +115,7 @@ def overhead(arguments: argparse.Namespace) -> None:
     if arguments.model:
         model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
         results = []
-        for pairs, per_batch in [(64, 8), (256, 8), (256, 32)]:
+        for pairs, per_batch in [(32, 8), (128, 8), (128, 16)]:
             images = tuple(pixels(load(path).select(range(pairs))) for path in (arguments.source, arguments.target))
             row = cost(model, pairs, per_batch, arguments.rounds, images)
             results.append({"model": Path(arguments.model).name, **row})
