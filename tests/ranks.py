@@ -89,7 +89,10 @@ def _rank(rank, world, port, log, arguments, hub, largest_file, mortal):
     os.dup2(sys.stderr.fileno(), 2)
     if world > 1:
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1")
+        # launchers set the number of threads as well, and accelerate warns where nobody has
+        os.environ.update(
+            {key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1"
+        )
     if hub:
         from huggingface_hub import constants
 
