@@ -219,9 +219,8 @@ def _check_arguments(
         known = inspect.signature(select).parameters
         if unknown := sorted(set(selection) - {*known, "signal"}):
             raise ValueError(f"selection has no option {unknown[0]!r}: see PlasticityReport.select for what there is.")
-        defaults = {"granularity": "component", "within": "model", "order": "highest", "adapter": "lora"}
         checked = inspect.signature(check_options).parameters
-        check_options(**{name: selection.get(name, defaults.get(name)) for name in checked})
+        check_options(**{name: selection.get(name, known[name].default) for name in checked})
 
 
 def _too_few(total: int, different: int) -> str:
