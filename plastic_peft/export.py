@@ -18,7 +18,7 @@ from torch import nn
 from .components import named_leaves
 from .hub import CONFIG_NAME, layout, plasticity_config, whole_folder, write_adapter
 from .report import write_whole
-from .tuner.model import LoraMatch
+from .tuner.settle import LoraMatch
 
 
 def export_lora(peft_model: PeftModel, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:

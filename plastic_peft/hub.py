@@ -34,7 +34,7 @@ from .images import accept_image_size, output_size
 from .names import renamed_keys
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
-from .tuner.model import adopt_names, exact_pattern, fits, in_names_of
+from .tuner.settle import adopt_names, exact_pattern, fits, in_names_of
 from .untrusted import read_json, validate_adapter_config
 
 

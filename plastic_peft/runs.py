@@ -23,7 +23,7 @@ from .report import REPORT_NAME, PlasticityReport, write_whole
 from .run_folder import RESULTS_NAME, RUN_NAME, check_note, given_report, open_run, report_of_run, reserved
 from .selection import ORDERS, Candidate
 from .train import check_training, load_model, measure_run, run_note, train
-from .tuner.model import LoraMatch
+from .tuner.settle import LoraMatch
 
 
 logger = logging.getLogger(__name__)

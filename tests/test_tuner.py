@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -208,6 +209,14 @@ def test_an_adapter_that_is_trained_on_keeps_its_report(report, tmp_path):
     (tmp_path / "plasticity_report.json").write_text("{}")
     with pytest.warns(UserWarning, match="loaded without its report"):
         PeftModel.from_pretrained(models.transformers_model("vit"), tmp_path)
+
+
+def test_a_settled_config_does_not_take_another_report(report):
+    """Without it `replace(config, plasticity=other)` would keep the first report's modules and say nothing."""
+    config = PlasticityConfig(plasticity=report, top_k=1)
+    get_peft_model(models.transformers_model("vit"), config)
+    with pytest.raises(ValueError, match="selected_modules.*make a new PlasticityConfig"):
+        replace(config, plasticity=report)
 
 
 def test_a_config_saved_before_its_use_selects_by_the_same_report(report, tmp_path):

@@ -181,6 +181,11 @@ class PlasticityConfig(LoraConfig):
             _refuse_lora_options(self)
         if self.selected_modules is None:
             self._check_budget()
+        elif self.plasticity is not None:
+            raise ValueError(
+                "plasticity and selected_modules are both given, and selected_modules is what an earlier selection left "
+                "in a config: make a new PlasticityConfig to select again, or leave plasticity out to keep that selection."
+            )
         self._report: PlasticityReport | None = None
         self._names_in_file: dict[str, str] | None = None
         self._moved_to_save: list[str] = []

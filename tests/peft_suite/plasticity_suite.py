@@ -27,7 +27,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ResNetConfig
 
-from plastic_peft import PlasticityConfig
+from plastic_peft import PlasticityConfig, PlasticityReport
+from plastic_peft.report import Row
 from plastic_peft.tuner.config import LORA_ONLY, PEFT_TYPE
 
 
@@ -52,13 +53,45 @@ QUICK_ROWS = (
 )
 REFUSED_ROW = "Row of TEST_CASES with an option of low-rank matrices, which full adapters refuse with an error."
 EVERY = {"fraction": 1.0, "granularity": "module"}
+
+
+def report(model: str, *leaves: tuple[str, str, str, tuple[int, ...], float]) -> PlasticityReport:
+    """A report of one block, each of whose components is one of the suite's modules: name, role, class, shape, rate."""
+    rows = [
+        Row(
+            name=name, level=level, role=role, block=0, kind=kind, component=name, parameters=0, shape=shape, mean=rate,
+            std=0.1, pairs=64, ci_low=0.9 * rate, ci_high=1.1 * rate,
+        )
+        for name, role, kind, shape, rate in leaves
+        for level in ("component", "module")
+    ]  # fmt: skip
+    return PlasticityReport(
+        rows=tuple(rows), inputs="hidden", pairs=64, dropped=0, stopped="settled", confidence=0.95, tolerance=0.05, seed=0,
+        max_pairs=64, base_model=model, base_parameters=1000, fingerprint="0" * 16,
+    )  # fmt: skip
+
+
+# no vision transformer is among the suite's models, so their reports are stated here
+MLP = report("MLP", ("lin0", "mlp_in", "Linear", (20, 10), 1.5), ("lin1", "mlp_out", "Linear", (2, 20), 0.5))
+MLP_LAYERNORM = report(
+    "MLP_LayerNorm",
+    ("layernorm0", "norm_attention", "LayerNorm", (10,), 2.0),
+    ("lin0", "mlp_in", "Linear", (20, 10), 1.0),
+    ("layernorm1", "norm_mlp", "LayerNorm", (20,), 3.0),
+    ("lin1", "mlp_out", "Linear", (2, 20), 0.5),
+)
 OWN_ROWS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "lora": [
         ("MLP by scores", "MLP", {"plasticity": {"lin0": 1.0, "lin1": 0.5}, "top_k": 1, "granularity": "module"}),
+        ("MLP by report", "MLP", {"plasticity": MLP, "top_k": 1}),
+        ("MLP by report and budget", "MLP", {"plasticity": MLP, "budget": 100}),
         ("Conv2d by scores", "Conv2d", {"plasticity": {"conv2d": 1.0, "lin0": 2.0}, **EVERY}),
     ],
     "full": [
         ("MLP by scores", "MLP", {"plasticity": {"lin0": 1.0, "lin1": 0.5}, "top_k": 1, "granularity": "module"}),
+        ("MLP by report", "MLP", {"plasticity": MLP, "top_k": 1}),
+        ("LayerNorm by report", "MLP_LayerNorm", {"plasticity": MLP_LAYERNORM, "top_k": 1}),
+        ("Everything by report", "MLP_LayerNorm", {"plasticity": MLP_LAYERNORM, "fraction": 1.0}),
         ("MLP with LayerNorm", "MLP_LayerNorm", {"target_modules": ["layernorm0", "lin1"]}),
         ("LayerNorms by scores", "MLP_LayerNorm", {"plasticity": {"layernorm0": 1.0, "layernorm1": 0.5}, **EVERY}),
     ],
@@ -69,6 +102,12 @@ PLASTICITY_PAIRS = [
         "lora",
         {"plasticity": {"lin0": 1.0}, **EVERY, "init_lora_weights": False},
         {"plasticity": {"lin0": 1.0, "lin1": 0.5}, **EVERY, "init_lora_weights": False},
+    ),
+    (
+        "Plasticity by report",
+        "lora",
+        {"plasticity": MLP, "top_k": 1, "init_lora_weights": False},
+        {"plasticity": MLP, "fraction": 1.0, "init_lora_weights": False},
     ),
 ]
 
