@@ -42,9 +42,10 @@ def plasticity_bounds(
     """Bound the plasticity of every component from its weights.
 
     A norm is bounded by its largest absolute scale, for tokens whose standard deviation is at least 1; a linear layer by
-    its spectral norm; attention as the module says, for tokens no longer than `radius`. Relative position terms, where a
-    model has them, are not part of the attention bound. A bias of the queries counts as one more feature of each token; other
-    biases leave the distances as they are. Modules with an adapter count with what it adds.
+    its spectral norm; attention as the module says, for tokens no longer than `radius`. A bias of the queries counts as one
+    more feature of each token; other biases leave the distances as they are. Where position terms come between queries and
+    keys (biases of the logits, rotations), `||Q_h|| ||K_h||` takes the place of `||Q_h^T K_h||`, which holds for any of them;
+    where queries or keys are normalised, no bound is known. Modules with an adapter count with what it adds.
 
     Args:
         model: A vision transformer.
@@ -154,6 +155,7 @@ def attention_bound(
     n: int,
     r: float,
     q_bias: torch.Tensor | None = None,
+    positions: bool = False,
 ) -> float:
     """The attention bound from weights stored as (out, in); fewer k and v heads than q heads are shared in order.
 
@@ -164,6 +166,8 @@ def attention_bound(
         r: Largest token norm.
         q_bias: Bias of the queries (heads · head_dim), which acts as the weight of one more feature, always 1. (A bias of
             the keys moves all logits of a query alike, and one of the values or the output moves all outputs alike.)
+        positions: Position terms come between queries and keys: a rotation R_ij makes `Q_h^T R_ij K_h` of `Q_h^T K_h`, whose norm
+            is at most `||Q_h|| ||K_h||`. (What is added to the logits leaves the bound as it is.)
     """
     q, k, v, o = (weight.detach().double() for weight in (q, k, v, o))
     square = r**2
@@ -176,13 +180,20 @@ def attention_bound(
     k_h = k.view(kv_heads, head_dim, -1)
     v_h = v.view(kv_heads, head_dim, -1)
     o_h = o.view(o.shape[0], heads, head_dim).permute(1, 2, 0)
-    # ||Q^T K|| = ||R_q R_k^T|| with the triangular factors of Q^T and K^T, which are only head_dim wide
-    r_q = torch.linalg.qr(q_h.mT, mode="r").R
-    r_k = torch.linalg.qr(k_h.mT, mode="r").R[shared]
-    a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
-    v_norm = torch.linalg.eigvalsh(v_h @ v_h.mT)[:, -1].clamp(min=0).sqrt()[shared]
-    o_norm = torch.linalg.eigvalsh(o_h @ o_h.mT)[:, -1].clamp(min=0).sqrt()
+    if positions:
+        a = _norms(q_h) * _norms(k_h)[shared] / math.sqrt(head_dim)
+    else:
+        # ||Q^T K|| = ||R_q R_k^T|| with the triangular factors of Q^T and K^T, which are only head_dim wide
+        r_q = torch.linalg.qr(q_h.mT, mode="r").R
+        r_k = torch.linalg.qr(k_h.mT, mode="r").R[shared]
+        a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
+    v_norm, o_norm = _norms(v_h)[shared], _norms(o_h)
     return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * square**2 * a**2)).sum())
+
+
+def _norms(wide: torch.Tensor) -> torch.Tensor:
+    """Spectral norms of a stack of matrices with few rows."""
+    return torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp(min=0).sqrt()
 
 
 def _weight_bound(modules: list[nn.Module]) -> float | None:
@@ -212,6 +223,10 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
         return None
     layer: Any = module
     return weight + sum((layer.get_delta_weight(name).detach() for name in adapters), torch.zeros_like(weight))
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
@@ -245,7 +260,7 @@ def _row(component: Component, structure: Structure, name: str | None, bound: fl
 
 @dataclass
 class _Heads:
-    """Weights of one attention as (out, in), the width of a head, and the queries' bias."""
+    """Weights of one attention as (out, in), the width of a head, the queries' bias, and are there position terms?"""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -253,9 +268,11 @@ class _Heads:
     o: torch.Tensor
     head_dim: int
     q_bias: torch.Tensor | None
+    positions: bool = False
 
     def bound(self, n: int, r: float) -> float:
-        return attention_bound(self.q, self.k, self.v, self.o, self.head_dim, n=n, r=r, q_bias=self.q_bias)
+        weights = self.q, self.k, self.v, self.o
+        return attention_bound(*weights, self.head_dim, n=n, r=r, q_bias=self.q_bias, positions=self.positions)
 
 
 @dataclass
@@ -270,9 +287,10 @@ class _Probe:
 class _AttentionProbe:
     """Finds, by behaviour, which weights are v, how wide a head is, and how long tokens are.
 
-    Doubling v's output doubles what the output projection receives; nothing else does. Noise on one feature of q moves
-    the features of one head. q and k need not be told apart: swapping them leaves `||Q^T K||` as it is, except with
-    grouped heads, where k is the narrower one, and with a bias, where the larger of the two bounds holds.
+    Doubling v's output doubles what the output projection receives; nothing else does. Doubling q changes it, unless q is
+    normalised. Noise on one feature of q moves the features of one head. q and k need not be told apart: swapping them leaves
+    `||Q^T K||` as it is, except with grouped heads, where k is the narrower one, and with a bias, where the larger of the two
+    bounds holds. Position terms show in that softmax(q k^T / sqrt(d)) v is not what the output projection receives.
     """
 
     def __init__(self, modules: dict[str, nn.Module], structure: Structure, attentions: dict[str, Component]) -> None:
@@ -339,14 +357,13 @@ class _AttentionProbe:
         plain = self._received(module, args, kwargs, out, None, None)
         if plain is None:
             return None
-        values = []
+        values, normalised = [], False
         for name, rows in parts:
             doubled = self._received(module, args, kwargs, out, name, _Probe(rows, 2.0, 0.0))
-            if doubled is not None and torch.allclose(
-                doubled, 2 * plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max())
-            ):
+            if doubled is not None and _alike(doubled, 2 * plain):
                 values.append((name, rows))
-        if len(values) != 1:
+            normalised |= doubled is not None and torch.allclose(doubled, plain, rtol=1e-6, atol=0.0)
+        if len(values) != 1 or normalised:
             return None
         q, k = (part for part in parts if part != values[0])
         if q[1].stop - q[1].start < k[1].stop - k[1].start:
@@ -362,10 +379,38 @@ class _AttentionProbe:
         q_weight, k_weight, v_weight = part_weights
         output = cast(torch.Tensor, weights[out])
         q_bias, k_bias = (self._bias(*part) for part in (q, k))
-        found = [_Heads(q_weight, k_weight, v_weight, output, head_dim, q_bias)]
+        # either of the two may be q
+        ways = [(q, k)] if q_weight.shape != k_weight.shape else [(q, k), (k, q)]
+        softmax = [self._softmax(module, args, kwargs, (*way, values[0]), head_dim) for way in ways]
+        positions = not any(mixed is not None and _alike(mixed, plain) for mixed in softmax)
+        found = [_Heads(q_weight, k_weight, v_weight, output, head_dim, q_bias, positions)]
         if k_bias is not None and q_weight.shape == k_weight.shape:
-            found.append(_Heads(k_weight, q_weight, v_weight, output, head_dim, k_bias))
+            found.append(_Heads(k_weight, q_weight, v_weight, output, head_dim, k_bias, positions))
         return found
+
+    def _softmax(
+        self, module: nn.Module, args: Any, kwargs: Any, parts: tuple[tuple[str, slice], ...], head_dim: int
+    ) -> torch.Tensor | None:
+        """softmax(q k^T / sqrt(head_dim)) v of these parts, as the output projection would receive it; `None` if it cannot be."""
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            self.modules[name].register_forward_hook(
+                lambda m, a, output, name=name: seen.update({name: output.float()})
+            )
+            for name in {name for name, _ in parts}
+        ]
+        try:
+            module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs = [seen[name][..., rows] for name, rows in parts if name in seen]
+        if len(outputs) != 3 or any(part.ndim != 3 for part in outputs):
+            return None
+        q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in outputs)
+        shared = q.shape[1] // k.shape[1]
+        k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def _bias(self, name: str, rows: slice) -> torch.Tensor | None:
         module = self.modules[name]

@@ -332,7 +332,12 @@ def per_image(tensor: torch.Tensor, dim: int, images: int) -> torch.Tensor:
 
 
 def _checksum(tensor: torch.Tensor) -> float:
-    return float(tensor.double().square().sum())
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # a sum is finite only if all its terms are; it can overflow where they are not infinite
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def _touched_tokens(before: torch.Tensor, after: torch.Tensor, dim: int) -> int:
@@ -388,10 +393,8 @@ class _Tracer:
         x, y = first_tensor(args, kwargs), first_tensor(output)
         if x is None or y is None or name in self.dims:
             return
-        if not torch.isfinite(y).all():
-            raise NotFiniteError(
-                f"{name} puts out NaN or infinity{' from finite input' if torch.isfinite(x).all() else ''}"
-            )
+        if not _is_finite(y):
+            raise NotFiniteError(f"{name} puts out NaN or infinity{' from finite input' if _is_finite(x) else ''}")
         in_dim, out_dim = _image_dim(x), _image_dim(y)
         if out_dim is None and x.shape[:-1] == y.shape[:-1] and any(True for _ in module.parameters(recurse=False)):
             # a weight of zeros, as some heads start with, puts out the same for all images

@@ -105,6 +105,37 @@ def test_a_bias_of_the_queries_counts():
     assert rate <= attention_bound(*weights, 8, **given, q_bias=attention.q_proj.bias)
 
 
+def test_rotations_between_queries_and_keys_count():
+    """Without it a model with rotated queries and keys would get a bound that its attention exceeds."""
+    torch.manual_seed(0)
+    model = models.transformers_model("dinov3")
+    attention = next(m for name, m in model.named_modules() if name.endswith(".0.attention"))
+    with torch.no_grad():
+        for name in "qk":
+            getattr(attention, f"{name}_proj").weight.zero_()
+        # Q^T K is zero until a rotation turns the first feature of a head into its fifth
+        attention.q_proj.weight[0, 0] = attention.k_proj.weight[4, 0] = 30.0
+    received = {}
+    handle = attention.register_forward_pre_hook(lambda m, args, kwargs: received.update(kwargs), with_kwargs=True)
+    row = plasticity_bounds(model, radius=20.0).select_rows("component", "attention")[0]
+    handle.remove()
+    x = torch.randn(1, 17, 32)
+    # to a query of zero all keys are alike, and where it goes from there decides between them
+    x[0, 9, 0] = 0.0
+    assert x.norm(dim=-1).max() < 20.0
+    slope = torch.autograd.functional.jacobian(lambda x: attention(**{**received, "hidden_states": x})[0], x)
+    rate = float(torch.linalg.matrix_norm(slope.reshape(x.numel(), x.numel()), ord=2))
+    weights = [getattr(attention, f"{name}_proj").weight for name in "qkvo"]
+    assert attention_bound(*weights, 8, n=17, r=20.0) < rate <= row.mean
+
+
+def test_normalised_queries_are_outside_the_theorem():
+    """Without it cosine attention, whose logits do not grow with its weights, would get a bound that means nothing."""
+    report = plasticity_bounds(models.transformers_model("swinv2"))
+    assert not report.select_rows("component", "attention")
+    assert any("no bound is known" in note for note in report.notes)
+
+
 def test_adapters_count_as_what_they_add():
     """Without it the bounds of an adapted model would be those of its base model, which its rates exceed."""
     images = torch.randn(6, 3, 32, 32)
