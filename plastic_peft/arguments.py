@@ -15,17 +15,7 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
-from .data import (
-    DIGITS,
-    _checked_images,
-    _class_labels,
-    _load,
-    _named_columns,
-    _only_split,
-    find_image_column,
-    find_label_column,
-    load_images,
-)
+from .data import DIGITS, checked_images, load_images, load_labelled
 from .report import PlasticityReport
 from .selection import check_options
 from .tuner import PlasticityConfig
@@ -250,7 +240,14 @@ class EvaluationArguments(LabelledArguments):
         if (self.dataset_name is None) == (self.test_dir is None):
             raise ValueError("Say which images to evaluate on: either --dataset_name or --test_dir.")
         if self.test_dir is not None:
-            images = _labelled_images(self.test_dir, self, **options)
+            images = load_labelled(
+                self.test_dir,
+                config=self.dataset_config_name,
+                image_column=self.image_column_name,
+                label_column=self.label_column_name,
+                corrupt=self.corrupt_images,
+                **options,
+            )
         else:
             values = {f.name: getattr(self, f.name) for f in fields(LabelledArguments)}
             # images that are left out before a split is cut make another cut; otherwise only its own need be looked at
@@ -258,21 +255,8 @@ class EvaluationArguments(LabelledArguments):
             values |= {"max_eval_samples": None, "corrupt_images": "skip" if checked else "unchecked"}
             images = DataArguments(**values).load(**options)[self.split]
             if self.corrupt_images == "refuse":
-                images = _checked_images(images, self.split, "refuse")
+                images = checked_images(images, self.split, "refuse")
         return at_most(self.max_eval_samples, images, self.split_seed)
-
-
-def _labelled_images(name: str, arguments: LabelledArguments, **options: Any) -> datasets.Dataset:
-    """The only split of a source, with its labels."""
-    images = _only_split(_load(name, arguments.dataset_config_name, arguments.image_column_name, options), name)
-    columns = {
-        "image": arguments.image_column_name or find_image_column(images),
-        "label": arguments.label_column_name or find_label_column(images),
-    }
-    images = _class_labels({"train": _named_columns(images, "train", columns)})["train"]
-    return (
-        images if arguments.corrupt_images == "unchecked" else _checked_images(images, "test", arguments.corrupt_images)
-    )
 
 
 def at_most(limit: int | None, images: datasets.Dataset, seed: int) -> datasets.Dataset:
@@ -399,7 +383,9 @@ class PlasticityArguments(MeasurementArguments, ReportArguments):
         options = self.selection_options()
         for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"):
             options[name] = getattr(self, name)
-        return PlasticityConfig(plasticity=report, **{**options, **settled})
+        config = PlasticityConfig(plasticity=None if settled else report, **{**options, **settled})
+        config.report = report
+        return config
 
 
 def _number(budget: str | float | None) -> int | float | None:

@@ -75,6 +75,7 @@ def plasticity_bounds(
     for component in structure.components:
         if component.role not in BLOCK_ROLES:
             continue
+        alone = {name: _weight_bound([modules[name]]) for name in component.modules}
         bound = None
         if component.role == "attention":
             heads = probe.heads.get(component.name)
@@ -82,16 +83,15 @@ def plasticity_bounds(
                 r = probe.radius[component.name] if radius is None else radius
                 n = tokens or probe.tokens[component.name]
                 bound = max(weights.bound(n, r) for weights in heads)
+        elif len(component.outputs) == 1:
+            bound = alone.get(component.outputs[0])
         else:
             bound = _weight_bound([modules[name] for name in component.outputs])
         if bound is None:
             notes.append(f"component {component.name} has no row: no bound is known for its structure")
         else:
             rows.append(_row(component, structure, None, bound))
-        for name in component.modules:
-            bound = _weight_bound([modules[name]])
-            if bound is not None:
-                rows.append(_row(component, structure, name, bound))
+        rows += [_row(component, structure, name, bound) for name, bound in alone.items() if bound is not None]
     return PlasticityReport(
         rows=tuple(rows),
         inputs="bounds",

@@ -123,10 +123,41 @@ def load_images(
     splits = _class_labels(splits)
     _check_classes(splits["train"])
     if corrupt != "unchecked":
-        splits = {split: _checked_images(data, split, corrupt) for split, data in splits.items()}
+        splits = {split: checked_images(data, split, corrupt) for split, data in splits.items()}
     splits = _cut_missing(splits, shares, seed)
     _report_balance(splits)
     return datasets.DatasetDict({split: splits[split] for split in SPLITS})
+
+
+def load_labelled(
+    name: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    corrupt: str = "refuse",
+    **load_options: Any,
+) -> datasets.Dataset:
+    """Load one set of labelled images that is not to be split: a source of `load_images` with one split.
+
+    Args:
+        name: The image folder, data file or data set.
+        config, image_column, label_column, corrupt, load_options: As for `load_images`.
+
+    Returns:
+        A data set with the columns `image` and `label`.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `load_images`, and if there is more than one split.
+    """
+    _check_corrupt(corrupt)
+    images = _only_split(_load(name, config, image_column, load_options), name)
+    columns = {
+        "image": image_column or find_image_column(images),
+        "label": label_column or find_label_column(images),
+    }
+    images = _class_labels({"train": _named_columns(images, "train", columns)})["train"]
+    return images if corrupt == "unchecked" else checked_images(images, "test", corrupt)
 
 
 def load_unlabelled(
@@ -158,7 +189,7 @@ def load_unlabelled(
     data = splits[split]
     data = _named_columns(data, split, {"image": image_column or find_image_column(data)})
     data = data.add_column("file", image_names(data))
-    return data if corrupt == "unchecked" else _checked_images(data, split, corrupt)
+    return data if corrupt == "unchecked" else checked_images(data, split, corrupt)
 
 
 def image_names(data: datasets.Dataset, image_column: str = "image") -> list[str]:
@@ -516,7 +547,8 @@ def _reason(error: BaseException) -> str:
     return "no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
-def _checked_images(data: datasets.Dataset, split: str, corrupt: str) -> datasets.Dataset:
+def checked_images(data: datasets.Dataset, split: str, corrupt: str) -> datasets.Dataset:
+    """Decode every image once; `corrupt` says whether those that cannot be are refused or left out, as in `load_images`."""
     raw = data.cast_column("image", datasets.Image(decode=False)).select_columns(["image"]).with_format(None)
 
     def fault(index: int) -> str | None:

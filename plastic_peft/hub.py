@@ -116,7 +116,7 @@ class AutoPlasticModelForImageClassification:
                 stacklevel=2,
             )
         if saved_report is not None:
-            config._report = _fitting(saved_report, base, recorded)
+            config.report = _fitting(saved_report, base, recorded)
         if not is_trainable:
             model.eval()
         model.image_processor = _image_processor(folder, source, hub)  # type: ignore[assignment]

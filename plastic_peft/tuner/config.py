@@ -215,6 +215,10 @@ class PlasticityConfig(LoraConfig):
         """The report that the selection was made from, where it is at hand."""
         return self._report
 
+    @report.setter
+    def report(self, report: PlasticityReport | None) -> None:
+        self._report = report
+
     def selection_options(self) -> dict[str, Any]:
         """The options of `PlasticityReport.select` that this config states."""
         names = (

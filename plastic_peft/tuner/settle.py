@@ -62,7 +62,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
             config.signal = config.signal or default_signal(report.rows)
             candidates = report.candidates(config.signal)
             total = report.base_parameters
-            config._report = report
+            config.report = report
         else:
             candidates, total = report, _base_parameters(model)
         candidates = [
