@@ -26,7 +26,7 @@ from common import peak_memory, ratio, save, side_by_side
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from plastic_peft import load_vit_nano, measure_plasticity, plasticity_bounds
+from plastic_peft import find_components, load_vit_nano, measure_plasticity, plasticity_bounds
 from plastic_peft import measure as engine
 from plastic_peft.bounds import attention_bound, spectral_norm
 from plastic_peft.report import Row, candidates
@@ -84,7 +84,7 @@ def cost(
     rounds: int,
     images: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Time and memory of a whole call, tracing included, over bare forward passes of the same images."""
+    """Time and memory of a whole call, tracing included, over bare forward passes of the same images; and of the tracing."""
     size = model.config.image_size
     noise = torch.randn(2, pairs, 3, size, size, generator=torch.Generator().manual_seed(0))
     sources, targets = noise if images is None else images
@@ -104,6 +104,7 @@ def cost(
             reference_protocol(model, *both)
 
     ways = {"bare": bare, "hidden": measured("hidden"), "embedding": measured("embedding"), "reference": reference}
+    ways["trace"] = lambda: find_components(model, sources[:2])
     seconds = side_by_side(ways, rounds)
     memory = {way: round(peak_memory(call), 1) for way, call in ways.items()}
     row = {"pairs": pairs, "pairs_per_batch": per_batch, "bare_seconds": round(fmean(seconds["bare"]), 3)}
@@ -112,22 +113,21 @@ def cost(
 
 
 def overhead(arguments: argparse.Namespace) -> None:
-    if arguments.model:
-        model = AutoModelForImageClassification.from_pretrained(arguments.model).eval()
-        results = []
-        for pairs, per_batch in [(32, 8), (128, 8), (128, 16)]:
-            images = tuple(pixels(load(path).select(range(pairs))) for path in (arguments.source, arguments.target))
-            row = cost(model, pairs, per_batch, arguments.rounds, images)
-            results.append({"model": Path(arguments.model).name, **row})
-            print(json.dumps(results[-1]), flush=True)
-        save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
-        return
-    plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 128, 8), ("DeiT-tiny", 128, 16)]
+    """On a small, a middling and a large model; the middling one and its images are those given, where they are."""
+
+    def tiny() -> ViTForImageClassification:
+        return AutoModelForImageClassification.from_pretrained(arguments.model) if arguments.model else vit()
+
+    makers = {"vit_nano": load_vit_nano, "DeiT-tiny": tiny, "ViT-B/16": lambda: vit(width=768)}
+    plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 32, 8), ("DeiT-tiny", 128, 8)]
     results = []
-    for name, pairs, per_batch in [*plan, ("ViT-B/16", 16, 4), ("ViT-B/16", 16, 8)]:
-        model = {"vit_nano": load_vit_nano, "DeiT-tiny": vit, "ViT-B/16": lambda: vit(width=768)}[name]().eval()
-        rounds = arguments.rounds if name != "ViT-B/16" else 2
-        results.append({"model": name, **cost(model, pairs, per_batch, rounds)})
+    for name, pairs, per_batch in [*plan, ("DeiT-tiny", 128, 16), ("ViT-B/16", 32, 8), ("ViT-B/16", 64, 16)]:
+        images = None
+        if name == "DeiT-tiny" and arguments.model:
+            images = tuple(pixels(load(path).select(range(pairs))) for path in (arguments.source, arguments.target))
+        row = cost(makers[name]().eval(), pairs, per_batch, 2 if name == "ViT-B/16" else arguments.rounds, images)
+        weights = "trained" if images is not None or name == "vit_nano" else "random"
+        results.append({"model": name, "weights": weights, **row})
         print(json.dumps(results[-1]), flush=True)
     save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
 

@@ -6,6 +6,7 @@ python benchmarks/method_report.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from plastic_peft.runs import half_width
 
 
 DOCS = ROOT / "docs"
+EPOCHS = 5
+"""Epochs of a run whose task does not say otherwise."""
+
 RULES = ("all-linear", "attention", "q+v", "attention-out", "kappa", "eva", "random")
-MEASURED = ("select:", "gradient:")
+MEASURED = ("select:", "gradient:", "norms:select:")
 
 
 def runs() -> pandas.DataFrame:
@@ -42,15 +46,22 @@ def at_best_rate(table: pandas.DataFrame) -> pandas.DataFrame:
 
 def interval(values: Sequence[float]) -> str:
     """Mean in points, with its 95 % t interval where there are values enough to say something."""
+    if not values:
+        return ""
     mean, half = 100 * sum(values) / len(values), half_width(list(values))
     return f"{mean:+.1f}" if half is None or len(values) < 4 else f"{mean:+.1f} ± {100 * half:.1f}"
 
 
-def paired(table: pandas.DataFrame, method: str, other: str) -> list[float]:
-    """Differences in test accuracy over the tasks and seeds that both have."""
-    keys = ["task", "seed"]
-    both = table[table.method == method].merge(table[table.method == other], on=keys, suffixes=("", "_other"))
-    return (both.test - both.test_other).tolist()
+def paired(table: pandas.DataFrame, method: str, other: str) -> pandas.Series:
+    """Differences in test accuracy, by task and seed, where both have runs."""
+    mine, others = (table[table.method == name].set_index(["task", "seed"]).test for name in (method, other))
+    return (mine - others).dropna()
+
+
+def score(differences: Sequence[float]) -> str:
+    """Wins, ties (within half a point) and losses."""
+    won, lost = sum(x > 0.005 for x in differences), sum(x < -0.005 for x in differences)
+    return f"{won}/{len(differences) - won - lost}/{lost}"
 
 
 def task_table(table: pandas.DataFrame, task: str, costs: dict[str, Any]) -> str:
@@ -68,7 +79,7 @@ def task_table(table: pandas.DataFrame, task: str, costs: dict[str, Any]) -> str
                 "seeds": len(group),
                 "validation": f"{100 * group.validation.mean():.1f}",
                 "test": f"{100 * sum(tests) / len(tests):.1f}",
-                "against q+v": interval(paired(mine, str(method), "q+v")) if method != "q+v" else "",
+                "against q+v": interval(paired(mine, str(method), "q+v").tolist()) if method != "q+v" else "",
                 "step time": f"{cost['step_over_head']:.2f}" if cost else "",
                 "peak MiB": cost.get("peak_mib", ""),
             }
@@ -84,52 +95,91 @@ def duels(table: pandas.DataFrame) -> str:
     for method in methods:
         row: dict[str, Any] = {"method": f"`{method}`"}
         for rule in RULES:
-            d = paired(table, method, rule)
-            if d:
-                won, lost = sum(x > 0.005 for x in d), sum(x < -0.005 for x in d)
-                row[rule] = f"{interval(d)} ({won}/{len(d) - won - lost}/{lost})"
-            else:
-                row[rule] = ""
+            d = paired(table, method, rule).tolist()
+            row[rule] = f"{interval(d)} ({score(d)})" if d else ""
         rows.append(row)
     return markdown(rows)
 
 
 def norms_table(table: pandas.DataFrame) -> str:
-    """What it changes to train the norms in full at the same number of trainable parameters, method by method."""
+    """What it changes to train the norms in full at the same number of trainable parameters, method by method.
+
+    The last rows take the mean over methods for each task and seed, since these share their images.
+    """
+    rows, totals = [], []
+    for budget, same in table.groupby("budget", sort=False):
+        gains = []
+        for task, mine in same.groupby("task", sort=False):
+            for method in mine.method.unique():
+                d = paired(mine, f"norms:{method}", method)
+                if len(d):
+                    gains.append(d)
+                    rows.append({"task": task, "trained": f"{budget:,}", "method": f"`{method}`", **gain(d)})
+        if gains:
+            mean = pandas.concat(gains).groupby(level=["task", "seed"]).mean()
+            totals.append({"task": "all", "trained": f"{budget:,}", "method": "mean over methods", **gain(mean)})
+    return markdown(rows + totals) if rows else ""
+
+
+def gain(differences: pandas.Series) -> dict[str, Any]:
+    values = differences.tolist()
+    return {"pairs": len(values), "gain": interval(values), "wins/ties/losses": score(values)}
+
+
+def time_table(table: pandas.DataFrame, costs: dict[str, Any]) -> str:
+    """Methods trained longer because their steps are cheaper, against all linears at the usual number of epochs."""
     rows = []
-    for (task, budget), mine in table.groupby(["task", "budget"], sort=False):
-        for method in mine.method.unique():
-            d = paired(mine, f"norms:{method}", method)
-            if d:
-                won, lost = sum(x > 0.005 for x in d), sum(x < -0.005 for x in d)
-                score = f"{won}/{len(d) - won - lost}/{lost}"
-                rows.append(
-                    {
-                        "task": task,
-                        "trained": f"{budget:,}",
-                        "method": f"`{method}`",
-                        "seeds": len(d),
-                        "gain": interval(d),
-                        "wins/ties/losses": score,
-                        "differences": d,
-                    }
-                )
-    total = [x for row in rows for x in row.pop("differences")]
-    if not total:
-        return ""
-    won, lost = sum(x > 0.005 for x in total), sum(x < -0.005 for x in total)
-    score = f"{won}/{len(total) - won - lost}/{lost}"
-    rows.append(
-        {
-            "task": "all",
-            "trained": "",
-            "method": "",
-            "seeds": len(total),
-            "gain": interval(total),
-            "wins/ties/losses": score,
-        }
-    )
-    return markdown(rows)
+    for task in table.task.unique():
+        base, _, epochs = re.fullmatch(r"(.*?)(-(\d+)epochs)?", task).groups()
+        cost = costs.get(base, {})
+        if epochs is None or "all-linear" not in cost:
+            continue
+        usual = table[(table.task == base) & (table.method == "all-linear")]
+        for method, group in table[table.task == task].groupby("method", sort=False):
+            both = group.merge(usual, on=["seed", "budget"], suffixes=("", "_usual"))
+            step = cost[method]["step_over_head"] / cost["all-linear"]["step_over_head"]
+            rows.append(
+                {
+                    "task": base,
+                    "method": f"`{method}`",
+                    "epochs": epochs,
+                    "time": f"{int(epochs) / EPOCHS * step:.2f}",
+                    "seeds": len(both),
+                    "test": f"{100 * both.test.mean():.1f}",
+                    "against `all-linear`": interval((both.test - both.test_usual).tolist()),
+                }
+            )
+    return markdown(rows) if rows else ""
+
+
+def trial_table(table: pandas.DataFrame, default: str = "norms:all-linear") -> str:
+    """What the most generous trial could gain: each seed takes the method with its best validation accuracy."""
+    rows = []
+    for task, mine in table.groupby("task", sort=False):
+        seeds = mine.groupby("method").seed.apply(set)
+        usual = default if default in seeds else "all-linear"
+        if usual not in seeds or len(seeds[usual]) < 3:
+            continue
+        rivals = [m for m in seeds.index if seeds[m] >= seeds[usual]]
+        runs = mine[mine.method.isin(rivals) & mine.seed.isin(seeds[usual])]
+        if len(rivals) < 3:
+            continue
+        tests = runs.pivot(index="seed", columns="method", values="test")
+        validation = runs.pivot(index="seed", columns="method", values="validation")
+        picked = validation.idxmax(axis=1)
+        gains = [tests.loc[seed, method] - tests.loc[seed, usual] for seed, method in picked.items()]
+        best = [tests.loc[seed].max() - tests.loc[seed, usual] for seed in tests.index]
+        rows.append(
+            {
+                "task": task,
+                "methods": len(rivals),
+                "seeds": len(gains),
+                "against": f"`{usual}`",
+                "chosen by validation": interval(gains),
+                "best by test (not attainable)": interval(best),
+            }
+        )
+    return markdown(rows) if rows else ""
 
 
 def correlations(table: pandas.DataFrame, task: str, signals: dict[str, dict[str, float]]) -> str:
@@ -201,13 +251,19 @@ def main() -> None:
             data = json.loads(path.read_text())
             costs[task], signals[task] = data["results"], data["settings"]["signals"]
     lora = table[table.budget > 0]
+    times = time_table(lora, costs)
+    table = table[~table.task.str.fullmatch(r".*-\d+epochs")]
+    lora = table[table.budget > 0]
     norms = norms_table(lora)
-    # budgets other than the main one are for the comparison above only
-    main_budget = lora.budget.mode()[0]
-    table = table[table.budget.isin([0, main_budget])]
-    lora = lora[lora.budget == main_budget]
+    # budgets other than the main one of a task are for the comparison above only
+    main_budget = table.task.map({task: mine.budget.mode()[0] for task, mine in lora.groupby("task")})
+    table = table[(table.budget == 0) | (table.budget == main_budget)]
+    lora = table[table.budget > 0]
+    trials = trial_table(lora)
     parts = [(ROOT / "benchmarks" / "method_comparison.md").read_text().strip()]
     parts += ["## Norms in full beside LoRA", norms] if norms else []
+    parts += ["## At equal training time", times] if times else []
+    parts += ["## What a trial could gain", trials] if trials else []
     parts += ["## Measured selections against fixed rules", duels(lora)]
     section: Callable[[str], list[str]] = lambda task: [  # noqa: E731
         f"## {task}",

@@ -30,6 +30,7 @@ def cost(r: dict[str, Any]) -> dict[str, str]:
     return {
         "pairs": f"{r['pairs']} in batches of {r['pairs_per_batch']}",
         "hidden / bare": spread(r["hidden_over_bare"]),
+        "tracing alone": f"{r['trace_over_bare']['median']:.2f}" if "trace_over_bare" in r else "",
         "embedding / bare": spread(r["embedding_over_bare"]),
         "reference / bare": spread(r["reference_over_bare"]),
         "peak memory / bare: hidden, embedding, reference": ", ".join(over.values()),
@@ -39,7 +40,7 @@ def cost(r: dict[str, Any]) -> dict[str, str]:
 def overhead(data: dict[str, Any]) -> str:
     rows = [{"model": r["model"], **cost(r)} for r in data["results"]]
     text = (
-        "Time of a whole call, tracing of the structure included, over bare forward passes of the same images (median of "
+        "Time of a whole call, tracing of the structure included (once, however many pairs), over bare forward passes of the same images (median of "
         "rounds, quartiles), and peak memory of tensors over theirs. `reference` is the paper's protocol, every activation "
         "copied to the host.\n\n"
     )

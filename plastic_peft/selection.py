@@ -154,7 +154,8 @@ def select(
         budget: Trainable parameters to spend at most: an int, or a float share of the base model. Modules are taken in
             order until the next one does not fit; inside a unit the better component and module come first.
         top_k, fraction, threshold: How many units, what share of them (rounded up), or which score they need at least.
-            If none of the four is given: a budget of 1 % for LoRA, the first unit for full adapters.
+            If none of the four is given: a budget of 1 % for LoRA; for full adapters all units down to the first that holds
+            weight matrices, since norms alone adapt too little.
         granularity: What is ranked: `"component"`, a role over all depths, scored by the mean over its blocks (as the
             paper does); `"block"`, one component of one block; `"module"`.
         within: `"model"` ranks all units together; `"role"` takes the best of every role first, then the second, ...,
@@ -191,13 +192,17 @@ def select(
             f"None of the {len(candidates)} modules with a score can take adapter={adapter!r} ({some}): LoRA goes on linears, "
             "convolutions and embeddings; adapter='full' takes norms too."
         )
-    if budget is None and top_k is None and fraction is None and threshold is None:
-        budget, top_k = (DEFAULT_BUDGET, None) if adapter == "lora" else (None, 1)
+    open_ended = budget is None and top_k is None and fraction is None and threshold is None
+    if open_ended and adapter == "lora":
+        budget = DEFAULT_BUDGET
     if rank_allocation is None:
         rank_allocation = "proportional" if budget is not None and adapter == "lora" else "uniform"
 
     units = _ranked_units(able, granularity, within, order, seed)
-    if top_k is not None:
+    if open_ended and adapter == "full":
+        matrices = (i for i, unit in enumerate(units) if any(c.cost_per_rank for c in unit.members))
+        units = units[: 1 + next(matrices, 0)]
+    elif top_k is not None:
         units = units[: int(top_k)]
     elif fraction is not None:
         units = units[: math.ceil(fraction * len(units))]

@@ -62,7 +62,7 @@ class PlasticityConfig(LoraConfig):
         budget (`int` or `float`, *optional*):
             Trainable parameters to spend at most, the head not counted; DoRA's magnitudes and trained biases of the selected
             modules count. A float is a share of the base model. If none of `budget`, `top_k`, `fraction` and `threshold`
-            is given: 0.01 for LoRA, `top_k=1` for full adapters.
+            is given: 0.01 for LoRA; for full adapters all units down to the first that holds weight matrices.
         top_k (`int`, *optional*): Number of units to adapt.
         fraction (`float`, *optional*): Share of units to adapt.
         threshold (`float`, *optional*): Score that a unit needs at least.
