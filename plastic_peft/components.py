@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -79,7 +78,10 @@ class Leaf:
 
 @dataclass
 class Structure:
-    """A traced model: its components and leaves by name, in execution order, and where images lie in each tensor."""
+    """A traced model: its components and leaves by name, in execution order, and where images lie in each tensor.
+
+    `unread` names modules with weights whose tensors hold no whole images, such as experts that get some tokens of each.
+    """
 
     components: list[Component]
     leaves: dict[str, Leaf]
@@ -87,6 +89,7 @@ class Structure:
     fingerprint: str
     labels: int | None = None
     parameters: int = 0
+    unread: tuple[str, ...] = ()
 
 
 def find_components(model: nn.Module, example_inputs: Any = None) -> list[Component]:
@@ -194,7 +197,7 @@ def _held_at(value: Any, name: str, objects: Iterable[Any]) -> Iterator[None]:
 def public_name(name: str) -> str:
     """A module's name without what wrappers put into it."""
     for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
+        name = f"{name}.".replace(part, "").removesuffix(".")
     return name.replace(".base_layer", "")
 
 
@@ -344,8 +347,9 @@ def _touched_tokens(before: torch.Tensor, after: torch.Tensor, dim: int) -> int:
     """How many tokens of the first image differ between two outputs of one module."""
     change = (after.float() - before.float()).abs()
     change = change.movedim(dim, 0)
-    first = change[: change.shape[0] // _IMAGES].reshape(-1, change.shape[-1])
-    return int((first.amax(dim=-1) > 1e-6 * first.max()).sum())
+    first = change[: change.shape[0] // _IMAGES]
+    # wherever the channels lie: of a single token, only one place differs along all other dimensions
+    return min(int((first.amax(dim=axis) > 1e-6 * first.max()).sum()) for axis in range(first.ndim))
 
 
 class _Tracer:
@@ -364,7 +368,8 @@ class _Tracer:
         self.probed: dict[Any, tuple[list[str], str | None]] = {}
         self.dims: dict[str, tuple[int, int]] = {}
         self.kinds: dict[str, str] = {}
-        self.executed: list[str] = []
+        self.flat: list[torch.Tensor] = []
+        self.unread: list[str] = []
         self.clock = 0
         self.starts: dict[nn.Module, list[int]] = {}
         self.probing = False
@@ -400,6 +405,8 @@ class _Tracer:
             # a weight of zeros, as some heads start with, puts out the same for all images
             out_dim = in_dim
         if in_dim is None or out_dim is None:
+            if any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                self.unread.append(name)
             return
         self.dims[name] = (in_dim, out_dim)
         self.kinds[name] = kind_of(module)
@@ -425,16 +432,11 @@ class _Tracer:
         tokenwise = x.shape[:-1] == y.shape[:-1]
         parameters = own_parameters(module)
         shapes = [whole_shape(p) for p in parameters]
-        light = all(len(shape) <= 1 or shape.numel() == shape[-1] for shape in shapes)
+        light = all(len(shape) <= 1 or shape.numel() == max(shape) for shape in shapes)
         conv = weight is not None and len(whole_shape(weight)) >= 3 and not light
         linear = not conv and not light and tokenwise and weight is not None
-        norm = False
-        if light and parameters and x.shape == y.shape and not kwargs and len(args) == 1:
-            thrice = self._again(module, (3 * args[0],), {})
-            # a scale per channel triples with its input; a norm does not
-            norm = thrice is not None and float((thrice.float() - 3 * y.float()).norm()) > 1e-2 * float(
-                y.float().norm()
-            )
+        single = light and bool(parameters) and x.shape == y.shape and len(args) + len(kwargs) == 1
+        norm = single and self._does_not_scale(module, x, next(iter(kwargs), None))
         leaf = Leaf(
             name=name,
             kind=self.kinds[name],
@@ -454,6 +456,18 @@ class _Tracer:
         if leaf.opaque and x.ndim >= 3 and self._mixes(module, args, kwargs, x, y):
             self.units.append(_Unit(name, start, _checksum(y), [name]))
         self.leaves[name] = leaf
+        if linear and y.ndim == 2:
+            self.flat.append(y)
+
+    def _does_not_scale(self, module: nn.Module, x: torch.Tensor, keyword: str | None) -> bool:
+        """A scale per channel triples with its input; a norm does not, unless the input is as small as its epsilon."""
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) + 0.5
+        once, thrice = (
+            self._again(module, *(((z,), {}) if keyword is None else ((), {keyword: z}))) for z in (noise, 3 * noise)
+        )
+        if once is None or thrice is None:
+            return False
+        return float((thrice.float() - 3 * once.float()).norm()) > 1e-2 * float(once.float().norm())
 
     def _mixes(self, module: nn.Module, args: Any, kwargs: Any, x: torch.Tensor, y: torch.Tensor) -> bool:
         """Does noise on one input token of the first image reach other tokens of the output?"""
@@ -640,7 +654,9 @@ def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
             if sum(_inside(other.name, name) for other in tracer.units) > 1:
                 break
             chosen = name
-            if sum(leaf.linear and leaf.name not in projections for leaf in within) >= 2 or not name:
+            # an attention may hold more linears than were found; those of an MLP expand or contract
+            others = [leaf for leaf in within if leaf.linear and leaf.name not in projections]
+            if sum(leaf.in_width != leaf.out_width for leaf in others) >= 2 or not name:
                 break
             name = name.rpartition(".")[0]
         if chosen is None:
@@ -655,24 +671,51 @@ def _find_blocks(tracer: _Tracer, leaves: list[Leaf]) -> list[_Block]:
         ]
         blocks.append(_Block(chosen, unit, attention, [leaf for leaf in within if leaf not in attention]))
     _lend_following_mlp(blocks, leaves)
+    # blocks repeat, by class or by shapes, and an attention that pools for the head does not
     kinds = [kind_of(tracer.modules[block.name]) for block in blocks]
-    repeated = [block for block, kind in zip(blocks, kinds, strict=True) if kinds.count(kind) > 1]
-    return repeated or blocks
+    shapes = [sorted((leaf.kind, leaf.shape or ()) for leaf in block.attention + block.rest) for block in blocks]
+    repeated = [i for i in range(len(blocks)) if kinds.count(kinds[i]) > 1 or shapes.count(shapes[i]) > 1]
+    return blocks[repeated[0] : repeated[-1] + 1] if repeated else blocks
 
 
 def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
-    """Where attention and MLP are siblings in one flat list, an MLP belongs to the attention before it."""
-    for block, following in zip_longest(blocks, blocks[1:]):
-        if any(leaf.linear for leaf in block.rest) or "." not in block.name:
-            continue
-        siblings = block.name.rpartition(".")[0]
-        start = max(leaf.start for leaf in block.attention)
-        end = min(leaf.start for leaf in following.attention + following.rest) if following else float("inf")
-        block.rest += [
-            leaf
-            for leaf in leaves
-            if start < leaf.start < end and leaf not in block.rest and _inside(leaf.name, siblings)
-        ]
+    """Where attention and MLP are no parts of one module, an MLP belongs to the attention before it.
+
+    They may lie in one flat list, or in lists of their own. A norm just before an attention is that attention's.
+    """
+    taken = {leaf.name for block in blocks for leaf in block.attention + block.rest}
+    groups: dict[str, list[_Block]] = {}
+    for block in blocks:
+        if not any(leaf.linear for leaf in block.rest) and "." in block.name:
+            groups.setdefault(block.name.rpartition(".")[0], []).append(block)
+    for scope, group in groups.items():
+        starts = [min(leaf.start for leaf in block.attention) for block in group]
+        ends = [max(leaf.start for leaf in block.attention) for block in group]
+        wide = scope
+        while True:
+            free = [leaf for leaf in leaves if leaf.name not in taken and _inside(leaf.name, wide)]
+            gaps = [
+                [leaf for leaf in free if end < leaf.start < start]
+                for end, start in zip(ends, [*starts[1:], float("inf")], strict=True)
+            ]
+            if all(any(leaf.linear for leaf in gap) for gap in gaps[:-1]) and len(group) > 1:
+                break
+            if not wide or len(group) == 1:
+                wide, gaps = scope, [[leaf for leaf in gap if _inside(leaf.name, scope)] for gap in gaps]
+                break
+            wide = wide.rpartition(".")[0]
+        before = [leaf for leaf in free if leaf.start < starts[0] and _inside(leaf.name, wide)]
+        leading = before[-1:] if before and before[-1].norm else []
+        if leading:
+            for gap, following in zip(gaps, group[1:], strict=False):
+                following.rest += [gap.pop()] if gap and gap[-1].norm else []
+        if wide != scope:
+            # in a wider scope the last attention is followed by more than its MLP
+            gaps[-1] = gaps[-1][: min(map(len, gaps[:-1]))]
+        group[0].rest += leading
+        for block, gap in zip(group, gaps, strict=True):
+            block.rest += gap
+        taken |= {leaf.name for block in group for leaf in block.rest}
 
 
 def _assign_block_roles(block: _Block, index: int) -> None:
@@ -685,10 +728,12 @@ def _assign_block_roles(block: _Block, index: int) -> None:
     linears = [leaf for leaf in block.rest if leaf.linear]
     mlp = [leaf for leaf in linears if leaf.start > last]
     mlp = [leaf for leaf in linears if leaf.start > first] if mlp else linears
+    width = mlp[0].in_width if mlp else 0
+    back = [leaf for leaf in mlp if leaf.out_width == width != leaf.in_width]
+    if not back and (len(mlp) > 1 or (mlp and mlp[0].in_width > mlp[0].out_width)):
+        back = mlp[-1:]
     for leaf in mlp:
-        leaf.role = "mlp_in"
-    if len(mlp) > 1 or (mlp and mlp[0].in_width > mlp[0].out_width):
-        mlp[-1].role = "mlp_out"
+        leaf.role = "mlp_out" if leaf in back else "mlp_in"
 
     norms = [leaf for leaf in block.rest if leaf.norm]
     if mlp:
@@ -724,13 +769,13 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
     for index, block in enumerate(blocks):
         _assign_block_roles(block, index)
 
-    labels = _label_count(model, output)
+    labels = _label_count(model, output, tracer.flat)
     first = min(leaf.start for leaf in leaves if leaf.block is not None)
     last = max(leaf.start for leaf in leaves if leaf.block is not None)
     for leaf in leaves:
         if leaf.block is not None:
             continue
-        if leaf.conv or (leaf.linear and leaf.start < first):
+        if (leaf.conv and leaf.start < last) or (leaf.linear and leaf.start < first):
             leaf.role = "patch_embedding"
         elif leaf.linear and leaf.start > last and labels is not None and leaf.out_width == labels:
             leaf.role = "head"
@@ -750,6 +795,7 @@ def _assemble(model: nn.Module, tracer: _Tracer, output: Any) -> Structure:
         dims=tracer.dims,
         fingerprint=digest.hexdigest()[:16],
         labels=labels,
+        unread=tuple(dict.fromkeys(tracer.unread)),
         parameters=sum(parameter_count(p) for _, module, _ in named_leaves(model) for p in _direct_parameters(module)),
     )
 
@@ -810,9 +856,21 @@ def _component(
     )
 
 
-def _label_count(model: nn.Module, output: Any) -> int | None:
-    """Width of the model's logits; `None` for a model that returns features."""
-    logits = getattr(output, "logits", None)
-    if logits is None and not hasattr(model, "config"):
-        logits = first_tensor(output)
+def _label_count(model: nn.Module, output: Any, flat: Iterable[torch.Tensor]) -> int | None:
+    """Width of the model's logits; `None` for a model that returns features. `flat` is what linears put out per image."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and not hasattr(output, "to_tuple"):
+        given = list(_tensors(output))
+        # among features and logits, the logits are what a linear has put out
+        logits = next((tensor for tensor in given if any(tensor is other for other in flat)), None)
+        if logits is None and not hasattr(model, "config"):
+            logits = first_tensor(output)
     return int(logits.shape[-1]) if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)

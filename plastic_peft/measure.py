@@ -51,7 +51,7 @@ from .images import (
     pair_batches,
     repetition_notes,
 )
-from .report import PlasticityReport, Row, candidates
+from .report import SIGNALS, PlasticityReport, Row, candidates
 from .selection import check_options, select
 
 
@@ -110,7 +110,7 @@ def measure_plasticity(
         ValueError: If the model's structure cannot be read, the images do not fit it, no pair differs, or a module puts
             out NaN or infinity; the message names the module and the batch.
     """
-    _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size, selection)
+    _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size, selection, source is not None)
     # loaders draw from the global random state
     with torch.random.fork_rng(devices=[]):
         core = unwrap(model)
@@ -177,6 +177,7 @@ def measure_plasticity(
         max_pairs=max_pairs,
         notes=(
             *(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
+            *_unread_notes(structure),
             *repetition_notes(target, source, total),
         ),
         **origin(core, structure),
@@ -206,6 +207,7 @@ def _check_arguments(
     confidence: float,
     batch_size: int,
     selection: Mapping[str, Any] | None,
+    with_source: bool,
 ) -> None:
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r} is unknown: choose 'hidden' or 'embedding'.")
@@ -219,8 +221,21 @@ def _check_arguments(
         known = inspect.signature(select).parameters
         if unknown := sorted(set(selection) - {*known, "signal"}):
             raise ValueError(f"selection has no option {unknown[0]!r}: see PlasticityReport.select for what there is.")
+        if (signal := selection.get("signal")) not in (*SIGNALS, None):
+            raise ValueError(f"signal={signal!r} is unknown: choose one of {', '.join(map(repr, SIGNALS))}.")
+        if signal == "shift" and not with_source:
+            raise ValueError(
+                "signal='shift' compares with the rate inside source images: pass source, or leave it out."
+            )
         checked = inspect.signature(check_options).parameters
         check_options(**{name: selection.get(name, known[name].default) for name in checked})
+
+
+def _unread_notes(structure: Structure) -> list[str]:
+    if not structure.unread:
+        return []
+    names = ", ".join(structure.unread[:3]) + (", ..." if len(structure.unread) > 3 else "")
+    return [f"{len(structure.unread)} modules have no row, since their tensors hold no whole images: {names}"]
 
 
 def _too_few(total: int, different: int) -> str:
@@ -611,7 +626,11 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     """Does the selection stay when every selected score moves to the bad end of its interval and the others to the good?"""
     options = dict(options)
     signal = options.pop("signal", None)
-    chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
+    try:
+        chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
+    except ValueError:
+        # so far no score reaches the threshold
+        return False
     names = set(chosen.modules)
     # a component counts as selected if any of its modules is
     components = {(row.component, row.role) for row in rows if row.level == "module" and row.name in names}
@@ -625,4 +644,7 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
         return replace(row, mean=row.ci_high, shift=None if row.shift is None else row.shift_high or math.inf)
 
     worst = candidates([at_worst(row) for row in rows], signal)
-    return set(select(worst, base_parameters=base_parameters, **options).modules) == names
+    try:
+        return set(select(worst, base_parameters=base_parameters, **options).modules) == names
+    except ValueError:
+        return False

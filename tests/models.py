@@ -77,6 +77,23 @@ FAMILIES = {
             **LABELS,
         )
     ),
+    # in its first stage all queries meet one key, so that noise on them shows nowhere
+    "pvt_v2": lambda: T.PvtV2ForImageClassification(
+        T.PvtV2Config(
+            image_size=32,
+            num_encoder_blocks=3,
+            hidden_sizes=[16, 32, 32],
+            depths=[1, 2, 1],
+            num_attention_heads=[1, 2, 2],
+            mlp_ratios=[2, 2, 2],
+            sr_ratios=[8, 2, 1],
+            patch_sizes=[7, 3, 3],
+            strides=[4, 2, 2],
+            **LABELS,
+        )
+    ),
+    # its norms receive values far below their epsilon
+    "blip": lambda: T.BlipVisionModel(T.BlipVisionConfig(**SMALL)),
 }
 
 
@@ -321,6 +338,91 @@ class FlatList(PairedLists):
         return self.head(self.norm(x).mean(1))
 
 
+class NormsInList(PairedLists):
+    """Norm, attention, norm and MLP in turn in one list, as a flat `nn.Sequential` has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [part for _ in range(3) for part in (nn.LayerNorm(WIDTH), FusedAttention(), nn.LayerNorm(WIDTH), Mlp())]
+        self.blocks = nn.ModuleList(parts)
+
+    def forward(self, pixels):
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for first in range(0, len(self.blocks), 4):
+            norm1, attention, norm2, mlp = self.blocks[first : first + 4]
+            x = x + attention(norm1(x))
+            x = x + mlp(norm2(x))
+        return self.head(self.norm(x).mean(1))
+
+
+class ListsSideBySide(PairedLists):
+    """All norms in one list, all attentions in another, all MLPs in a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        makers = {"norms1": lambda: nn.LayerNorm(WIDTH), "attns": FusedAttention}
+        makers |= {"norms2": makers["norms1"], "mlps": Mlp}
+        del self.blocks
+        for name, make in makers.items():
+            setattr(self, name, nn.ModuleList([make() for _ in range(3)]))
+
+    def forward(self, pixels):
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for norm1, attention, norm2, mlp in zip(self.norms1, self.attns, self.norms2, self.mlps, strict=True):
+            x = x + attention(norm1(x))
+            x = x + mlp(norm2(x))
+        return self.head(self.norm(x).mean(1))
+
+
+class NamedNorms(PreNorm):
+    """Norms that are called by keyword, with an epsilon far above the variance of what they receive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1.eps = self.norm2.eps = 1.0
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(input=1e-3 * x))
+        return x + self.mlp(self.norm2(input=1e-3 * x))
+
+
+class Other(PreNorm):
+    """The same as a `PreNorm`, of another class."""
+
+
+class Experts(nn.Module):
+    """Three MLPs: all weigh in on every token, or each gets the tokens that a router sends it."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 3), nn.ModuleList([Mlp() for _ in range(3)])
+        self.sparse = sparse
+
+    def forward(self, x):
+        gates = self.router(x).softmax(-1)
+        if not self.sparse:
+            return sum(gates[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            sent = gates.argmax(-1) == i
+            out[sent] = expert(x[sent])
+        return out
+
+
+class DenseExperts(PreNorm):
+    mlp_class = Experts
+
+
+class SparseExperts(PreNorm):
+    mlp_class = staticmethod(lambda: Experts(sparse=True))
+
+
+def one_block_of_another_class():
+    model = Vit(PreNorm)
+    model.blocks[0] = Other()
+    return model
+
+
 def encoder_layer(norm_first: bool):
     return lambda: nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True, norm_first=norm_first)
 
@@ -338,6 +440,12 @@ HAND_WRITTEN = {
     "conv_stem": lambda: Vit(PreNorm, conv_stem=True),
     "paired_lists": PairedLists,
     "flat_list": FlatList,
+    "norms_in_list": NormsInList,
+    "lists_side_by_side": ListsSideBySide,
+    "named_norms": lambda: Vit(NamedNorms),
+    "one_of_another_class": one_block_of_another_class,
+    "dense_experts": lambda: Vit(DenseExperts),
+    "sparse_experts": lambda: Vit(SparseExperts),
     "single_block": lambda: Vit(PreNorm, depth=1),
     "torch_encoder_pre": lambda: Vit(encoder_layer(True)),
     "torch_encoder_post": lambda: Vit(encoder_layer(False)),

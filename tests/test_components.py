@@ -1,13 +1,15 @@
 """What `find_components` reads, family by family. The tables check the result; the package has none."""
 
 import copy
+from types import SimpleNamespace
 
 import models
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from plastic_peft import find_components
+from plastic_peft import find_components, measure_plasticity
 from plastic_peft.components import BLOCK_ROLES, trace
 
 
@@ -127,6 +129,21 @@ TRANSFORMERS = {
         ["classifier"],
     ),
 }
+TRANSFORMERS["pvt_v2"] = (
+    [f"pvt_v2.encoder.layers.{s}.blocks.{b}" for s, b in ((0, 0), (1, 0), (1, 1), (2, 0))],
+    {
+        **TRANSFORMERS["pvt"][1],
+        "attention": tuple(
+            f"attention.{x}" for x in ("query", "spatial_reduction", "layer_norm", "key", "value", "proj")
+        ),
+    },
+    ["classifier"],
+)
+TRANSFORMERS["blip"] = (
+    ["encoder.layers.{}"] * 4,
+    {**CLIP_BLOCK, "attention": ("self_attn.qkv", "self_attn.projection")},
+    [],
+)
 BLOCKS = ["blocks.{}"] * 3
 PARALLEL = {**TIMM_BLOCK, "norm_attention": ("norm",), "norm_mlp": ()}
 PAIRED = {
@@ -160,6 +177,16 @@ HAND_WRITTEN = {
     "single_block": (BLOCKS[:1], TIMM_BLOCK),
     "torch_encoder_pre": (BLOCKS, ENCODER_LAYER),
     "torch_encoder_post": (BLOCKS, ENCODER_LAYER),
+    "named_norms": (BLOCKS, TIMM_BLOCK),
+    "one_of_another_class": (BLOCKS, TIMM_BLOCK),
+    "dense_experts": (
+        BLOCKS,
+        {
+            **TIMM_BLOCK,
+            "mlp_in": ("mlp.router", *(f"mlp.experts.{i}.fc1" for i in range(3))),
+            "mlp_out": tuple(f"mlp.experts.{i}.fc2" for i in range(3)),
+        },
+    ),
 }
 
 
@@ -191,7 +218,8 @@ def test_transformers_families(family):
     wanted = expected(block_names, roles)
     present = {name for names in blocks.values() for name in names}
     for key, names in wanted.items():
-        kept = [n for n in names if n in present or ("sequence_reduction" not in n and "self.layer_norm" not in n)]
+        reducing = ("sequence_reduction", "self.layer_norm", "spatial_reduction", "attention.layer_norm")
+        kept = [n for n in names if n in present or not any(part in n for part in reducing)]
         assert sorted(blocks.get(key, [])) == sorted(kept), key
     assert blocks.keys() == wanted.keys()
     assert heads == head
@@ -212,6 +240,57 @@ def test_an_mlp_belongs_to_the_attention_before_it():
     blocks, _ = found(find_components(models.hand_written("flat_list"), torch.randn(2, 3, 32, 32)))
     assert blocks[(1, "attention")] == ["blocks.2.attn.qkv", "blocks.2.attn.proj"]
     assert blocks[(1, "mlp_in")] == ["blocks.3.1"] and blocks[(2, "mlp_out")] == ["blocks.5.4"]
+
+
+def test_norms_and_mlps_of_lists_go_to_their_attention():
+    """Without it every norm of a flat list would move on by one role, and lists side by side would lose their MLPs."""
+    blocks, heads = found(find_components(models.hand_written("norms_in_list"), torch.randn(2, 3, 32, 32)))
+    names = {role: [blocks[i, role] for i in range(3)] for role in BLOCK_ROLES}
+    assert names["norm_attention"] == [["blocks.0"], ["blocks.4"], ["blocks.8"]]
+    assert names["norm_mlp"] == [["blocks.2"], ["blocks.6"], ["blocks.10"]]
+    assert names["mlp_in"] == [["blocks.3.fc1"], ["blocks.7.fc1"], ["blocks.11.fc1"]] and heads == ["head"]
+    blocks, heads = found(find_components(models.hand_written("lists_side_by_side"), torch.randn(2, 3, 32, 32)))
+    names = {role: [blocks[i, role] for i in range(3)] for role in BLOCK_ROLES}
+    assert names["norm_attention"] == [[f"norms1.{i}"] for i in range(3)]
+    assert names["norm_mlp"] == [[f"norms2.{i}"] for i in range(3)]
+    assert names["mlp_out"] == [[f"mlps.{i}.fc2"] for i in range(3)] and heads == ["head"]
+
+
+def test_experts_that_get_some_tokens_are_named():
+    """Without it the experts of a routed model would be missing from a report without a word."""
+    images = torch.randn(24, 3, 32, 32)
+    model = models.hand_written("sparse_experts")
+    report = measure_plasticity(model, images, progress=False)
+    expected = {f"blocks.{b}.mlp.experts.{i}.fc{n}" for b in range(3) for i in range(3) for n in (1, 2)}
+    measured = {row.name for row in report.select_rows("module")}
+    note = next(note for note in report.notes if "whole images" in note)
+    assert "experts" in note and expected - measured
+
+
+def test_convolutions_after_which_channels_come_first_are_no_attention():
+    """Without it a ConvNeXt, whose blocks put channels first, would be taken for a transformer."""
+    config = transformers.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, image_size=32)
+    with pytest.raises(ValueError, match="No transformer blocks"):
+        find_components(transformers.ConvNextForImageClassification(config))
+
+
+@pytest.mark.parametrize("form", ["a dict", "features first", "a config of its own"])
+def test_the_head_is_found_in_other_outputs(form):
+    """Without it the head of a plain module that returns more than logits would stay untrained and unsaved."""
+    model = models.hand_written("pre_norm")
+    if form == "a config of its own":
+        model.config = SimpleNamespace(depth=3)
+    else:
+        plain = model.forward
+        extra = torch.randn(2, 3)
+
+        def forward(pixels):
+            logits = plain(pixels)
+            features = pixels.mean((2, 3)) @ extra.T
+            return {"features": features, "logits": logits} if form == "a dict" else (features, logits)
+
+        model.forward = forward
+    assert found(find_components(model, torch.randn(2, 3, 32, 32)))[1] == ["head"]
 
 
 def test_names_do_not_decide():
@@ -258,7 +337,12 @@ def test_an_adapted_model_keeps_its_components(tiny_vit):
 
 def test_a_compiled_model_is_seen_through(tiny_vit):
     """Without it torch.compile's wrapper would put its own prefix into every name."""
-    assert find_components(torch.compile(tiny_vit)) == find_components(tiny_vit)
+    plain = find_components(tiny_vit)
+    assert find_components(torch.compile(tiny_vit)) == plain
+    tiny_vit.vit.layers[1] = torch.compile(tiny_vit.vit.layers[1])
+    for layer in tiny_vit.vit.layers[2:]:
+        layer.attention = torch.compile(layer.attention)
+    assert find_components(tiny_vit) == plain
 
 
 def test_a_model_without_attention_says_what_was_found():

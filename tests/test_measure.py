@@ -578,3 +578,19 @@ def test_the_report_states_how_it_was_obtained(tiny_vit, images, tmp_path):
     assert report.base_parameters == sum(p.numel() for p in tiny_vit.parameters())
     assert {"torch", "transformers", "peft", "python"} <= report.versions.keys()
     assert PlasticityReport.load(report.save(tmp_path / "r.json")) == report
+
+
+def test_a_threshold_that_only_just_holds_is_measured_on(tiny_vit):
+    """Without it a measurement would end in an error, and lose its pairs, because a bad end of an interval fails a threshold."""
+    images = torch.randn(40, 3, 32, 32)
+    highest = measure_plasticity(tiny_vit, images, progress=False, tolerance=0).by_role()["mean"].iloc[0]
+    selection = {"threshold": 0.999 * highest, "adapter": "full", "signal": "plasticity"}
+    report = measure_plasticity(tiny_vit, images, progress=False, tolerance=0.9, selection=selection)
+    assert report.stopped == "data exhausted" and report.select(**selection).units
+
+
+@pytest.mark.parametrize(("signal", "message"), [("speed", "signal='speed'"), ("shift", "pass source")])
+def test_a_selection_by_a_signal_that_will_not_be_there_is_refused_at_once(tiny_vit, signal, message):
+    """Without it a long measurement would end in this error."""
+    with pytest.raises(ValueError, match=message):
+        measure_plasticity(tiny_vit, torch.randn(4, 3, 32, 32), progress=False, selection={"signal": signal})
