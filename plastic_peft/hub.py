@@ -171,7 +171,7 @@ def save_adapter(
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         ranks, alphas = layout(peft_model, adapter_name)
         facts.update(
-            target_modules=sorted(ranks),
+            target_modules=sorted(ranks) or config.target_modules,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -457,7 +457,8 @@ def layout(peft_model: PeftModel, adapter_name: str) -> tuple[dict[str, int], di
     alphas: dict[str, float] = {}
     for name, module, opaque in named_leaves(peft_model.get_base_model()):
         held: Any = module
-        if not opaque or (not hasattr(held, "lora_A") and not hasattr(held, "lora_full")):
+        # a parameter adapted by itself is not its module adapted
+        if not opaque or not (hasattr(held, "lora_A") or hasattr(held, "lora_full")) or hasattr(held, "parameter_name"):
             continue
         if hasattr(held, "lora_full"):
             if adapter_name in held.lora_full:

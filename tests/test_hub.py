@@ -128,6 +128,19 @@ def test_saved_adapter_alone_gives_the_model_back(mode, base_folder, report, tmp
     assert loaded.peft_config["default"].report.rows == report.rows
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_loads_in_the_dtype_asked_for(base_folder, report, tmp_path, dtype):
+    """Without it the head and norms would keep the dtype of the file, and the model could not run."""
+    model = trained(base_folder, plasticity=report, budget=3000)
+    saved = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    folder = save_adapter(model.to(saved), tmp_path)
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(folder, dtype=dtype)
+    heads = {p.dtype for name, p in loaded.named_parameters() if "modules_to_save" in name}
+    assert heads == {dtype}
+    with torch.no_grad():
+        assert loaded(pixel_values=torch.randn(2, 3, 32, 32, dtype=dtype)).logits.dtype == dtype
+
+
 def test_plain_save_pretrained_is_enough(base_folder, report, tmp_path):
     """Without it, checkpoints written by PEFT or a Trainer would come back with the base model's labels."""
     model = trained(base_folder, plasticity=report, top_k=1)

@@ -219,6 +219,47 @@ def test_a_settled_config_does_not_take_another_report(report):
         replace(config, plasticity=report)
 
 
+def test_a_config_used_again_takes_the_next_model_s_labels():
+    """Without it an adapter would be saved with the label names of a model that it was not made for."""
+    config = PlasticityConfig(target_modules=[vit_name("fc1")])
+    for names in ("ABCDE", "VWXYZ"):
+        model = models.transformers_model("vit")
+        model.config.id2label = dict(enumerate(names))
+        get_peft_model(model, config)
+        assert config.labels == list(names)
+    own = PlasticityConfig(target_modules=[vit_name("fc1")], labels=list("abcde"))
+    get_peft_model(models.transformers_model("vit"), own)
+    assert own.labels == list("abcde")
+
+
+def test_a_head_that_cannot_be_looked_for_is_missed_aloud():
+    """Without it a head would stay frozen and unsaved without a word, the commonest mistake with PEFT and ViTs."""
+    model = models.hand_written("pre_norm")
+    config = PlasticityConfig(target_modules=["qkv"])
+    with pytest.warns(UserWarning, match="cannot look for the head.*modules_to_save"):
+        get_peft_model(model, config)
+    assert config.modules_to_save is None
+
+
+def test_a_head_whose_name_ends_others_is_refused():
+    """Without it peft, which goes by the ends of names, would train modules in full that no budget counts."""
+    model = models.hand_written("pre_norm")
+    for block in model.blocks:
+        block.mlp.head = block.mlp.fc2
+        del block.mlp.fc2
+        block.mlp.forward = lambda x, mlp=block.mlp: mlp.head(nn.functional.gelu(mlp.fc1(x)))
+    report = measure_plasticity(model, torch.randn(8, 3, 32, 32), progress=False)
+    with pytest.raises(ValueError, match=r"head is to be trained whole.*blocks\.0\.mlp\.head as well"):
+        get_peft_model(model, PlasticityConfig(plasticity=report, top_k=1))
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
+
+
+def test_what_is_saved_whole_by_the_end_of_its_name_is_not_selected(report):
+    """Without it a module would be selected that peft wraps as a whole, and the config would fail half-way."""
+    model = adapted(report, budget=5000, modules_to_save=[vit_name("mlp.fc1"), "classifier"])
+    assert not any(name.endswith("fc1") for name in model.targeted_module_names)
+
+
 def test_a_config_saved_before_its_use_selects_by_the_same_report(report, tmp_path):
     """Without it a config from disk would measure on synthetic images what the user had measured on real ones."""
     PlasticityConfig(plasticity=report, top_k=1).save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from accelerate import cpu_offload
 from feature_table import PAGE, feature, page
 from models import quantised_vit_nano, transformers_model, vit_name
 from peft import (
+    EvaConfig,
     PeftMixedModel,
     PeftModel,
     get_layer_status,
@@ -28,7 +29,7 @@ from peft.utils import PeftType
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from plastic_peft import PlasticityConfig, measure_plasticity
+from plastic_peft import PlasticityConfig, export_lora, measure_plasticity, save_adapter
 from plastic_peft.tuner import FullLayer
 
 
@@ -62,6 +63,15 @@ def chosen(adapter, *names, **options):
 def logits(model, pixels):
     with torch.no_grad():
         return model(pixel_values=pixels).logits
+
+
+def trained(model):
+    """As after training: every trainable weight, the head's among them, is another one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
 
 
 def state(model):
@@ -208,11 +218,31 @@ def test_merge_by_name(base, pixels, adapter):
     assert torch.allclose(logits(merged, pixels), logits(two, pixels), atol=1e-5)
 
 
+@feature("Merging an adapter that is not active, with its head")
+def test_merge_an_inactive_adapter(base, pixels, adapter):
+    """One adapter's weights would be merged with the head of another."""
+    model = trained(get_peft_model(base, chosen(adapter, FC1), adapter_name="one"))
+    model.add_adapter("two", chosen(adapter, FC1, FC2))
+    model.set_adapter("two")
+    two = logits(trained(model), pixels)
+    model.set_adapter("one")
+    one = logits(model, pixels)
+    merged = copy.deepcopy(model).merge_and_unload(adapter_names=["two"])
+    assert torch.allclose(logits(merged, pixels), two, atol=1e-5)
+    model.merge_adapter(adapter_names=["two"])
+    assert torch.allclose(logits(model, pixels), two, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+    with pytest.raises(ValueError, match="one and two each have classifier of their own"):
+        model.merge_adapter(adapter_names=["one", "two"])
+    assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+
+
 @feature("`unload`")
 def test_unload(base, pixels, adapter):
     """Taking the adapter off would not give the base model back."""
     before = state(base)
-    assert_same_state(get_peft_model(base, chosen(adapter)).unload().requires_grad_(True), before)
+    assert_same_state(trained(get_peft_model(base, chosen(adapter))).unload().requires_grad_(True), before)
 
 
 @feature("One adapter per sample (`adapter_names=`)", full="adapter_names mixes adapters inside a batch")
@@ -244,6 +274,27 @@ def test_add_weighted_adapter(base, pixels, adapter):
     assert torch.allclose(logits(model, pixels), both, atol=1e-5)
     assert set(model.peft_config["sum"].selected_modules) == {FC1, FC2}
     assert set(model.peft_config["one"].selected_modules) == {FC1}
+
+
+@feature("`add_weighted_adapter` with heads and ranks of their own", full="add_weighted_adapter combines LoRA weights")
+def test_add_weighted_adapter_with_heads(base, pixels, adapter, tmp_path):
+    """The combination would have an untrained head, or ranks that its file does not have."""
+    options = dict(r=4, rank_allocation="proportional" if adapter == "lora" else None)
+    model = trained(get_peft_model(base, chosen(adapter, FC1, FC2, **options), adapter_name="one"))
+    one = logits(model, pixels)
+    model.add_weighted_adapter(["one"], [1.0], "same", combination_type="linear")
+    model.set_adapter("same")
+    assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["same"])
+    loaded = PeftModel.from_pretrained(transformers_model("vit"), tmp_path / "same").eval()
+    assert torch.allclose(logits(loaded, pixels), one, atol=1e-5)
+    model.add_adapter("two", chosen(adapter, FC1, FC2, **options))
+    model.add_weighted_adapter(["one"], [0.5], "less", combination_type="linear")
+    heads = model.base_model.model.classifier.modules_to_save
+    mean = (heads["one"].weight + base.classifier.original_module.weight) / 2
+    assert torch.allclose(heads["less"].weight, mean, atol=1e-6)
+    with pytest.raises(ValueError, match="the same module with modules_to_save"):
+        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "both", combination_type="linear")
 
 
 MIXED = "is not compatible with the `PeftMixedModel`"
@@ -557,6 +608,27 @@ def test_eva(base, pixels, adapter):
     assert torch.allclose(first @ first.T, torch.eye(len(first)), atol=1e-4)
 
 
+@feature("Saving after EVA gave some modules no rank", full="init_lora_weights='eva' applies to")
+def test_eva_that_drops_modules(base, pixels, adapter, tmp_path):
+    """Modules that EVA dropped would come back on loading, without weights."""
+    scores = {name: 1.0 for name, module in base.vit.named_modules(prefix="vit") if isinstance(module, nn.Linear)}
+    eva = dict(init_lora_weights="eva", eva_config=EvaConfig(rho=2.0), r=1)
+    model = get_peft_model(base, PlasticityConfig(plasticity=scores, adapter=adapter, **EVERY, **eva)).eval()
+    batches = [{"pixel_values": torch.randn(8, 3, 32, 32)} for _ in range(4)]
+    initialize_lora_eva_weights(
+        model, batches, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
+    )
+    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    assert len(adapted) < len(scores)
+    model.save_pretrained(tmp_path / "plain")
+    save_adapter(model, tmp_path / "whole")
+    for folder in ("plain", "whole"):
+        loaded = PeftModel.from_pretrained(transformers_model("vit"), tmp_path / folder)
+        held = {name for name, m in loaded.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+        assert held == adapted == set(loaded.peft_config["default"].selected_modules)
+        assert torch.equal(logits(loaded.eval(), pixels), logits(model, pixels))
+
+
 @feature("`rank_pattern`, `alpha_pattern`", full="rank_pattern, alpha_pattern applies to")
 def test_rank_and_alpha_pattern(base, adapter):
     """Ranks that the user sets for single modules would be ignored."""
@@ -567,13 +639,20 @@ def test_rank_and_alpha_pattern(base, adapter):
 
 
 @feature("`target_parameters`", full='target_parameters applies to adapter="lora"')
-def test_target_parameters(base, pixels, adapter):
+def test_target_parameters(base, pixels, adapter, tmp_path):
     """Parameters that are targeted by name would be dropped in favour of a selection."""
     before = logits(base, pixels)
     config = PlasticityConfig(adapter=adapter, target_parameters=[f"{FC1}.weight"], init_lora_weights=False)
     model = get_peft_model(base, config).eval()
     assert model.targeted_parameter_names == [f"{FC1}.weight"]
-    assert not torch.allclose(logits(model, pixels), before)
+    after = logits(model, pixels)
+    assert not torch.allclose(after, before)
+    model.save_pretrained(tmp_path / "plain")
+    save_adapter(model, tmp_path / "whole")
+    export_lora(model, tmp_path / "export")
+    for folder in ("plain", "whole", "export"):
+        loaded = PeftModel.from_pretrained(transformers_model("vit"), tmp_path / folder).eval()
+        assert torch.allclose(logits(loaded, pixels), after, atol=1e-6)
 
 
 # --- which modules -----------------------------------------------------------------------------------------------------
@@ -633,6 +712,21 @@ def test_train_norms(base, pixels, adapter):
     assert not torch.equal(logits(model, pixels), before)
     with model.disable_adapter():
         assert torch.equal(logits(model, pixels), before)
+
+
+TWICE = "would be trained whole in two ways"
+
+
+@feature("Full adapters on what another adapter saves whole, and the other way round", full=TWICE, lora=TWICE)
+def test_whole_in_two_ways(base, adapter):
+    """Each of the two adapters would train and save the other's copies as well."""
+    configs = {"lora": chosen("lora", FC1), "full": chosen("full", "classifier", **HEADLESS)}
+    model = get_peft_model(base, configs.pop(adapter), adapter_name="one")
+    before = state(model)
+    try:
+        model.add_adapter("two", *configs.values())
+    finally:
+        assert_same_state(model, before)
 
 
 @feature("Modules offloaded to CPU or disk after injection", full="is offloaded to CPU or disk")

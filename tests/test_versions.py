@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from plastic_peft import (
     AutoPlasticModelForImageClassification,
@@ -129,8 +130,16 @@ def load_by_peft(folder):
     return PeftModel.from_pretrained(load_vit_nano(), folder).eval()
 
 
+def load_by_transformers(folder):
+    model = load_vit_nano()
+    model.load_adapter(str(folder))
+    return model.eval()
+
+
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("load", [AutoPlasticModelForImageClassification.from_pretrained, load_by_peft])
+@pytest.mark.parametrize(
+    "load", [AutoPlasticModelForImageClassification.from_pretrained, load_by_peft, load_by_transformers]
+)
 def test_adapters_of_every_release_load(release, load):
     """Without it an adapter made under transformers 4 would be lost under 5, or the other way round."""
     folder = DATA / release
@@ -138,9 +147,11 @@ def test_adapters_of_every_release_load(release, load):
     model = load(folder)
     torch.testing.assert_close(outputs(model), torch.tensor(wanted["logits"]), rtol=0, atol=1e-4)
     config = model.peft_config["default"]
-    assert set(config.selected_modules) == set(model.targeted_module_names)
-    layers = [model.get_submodule(f"base_model.model.{name}") for name in config.selected_modules]
-    assert sorted(layer.r["default"] for layer in layers) == wanted["ranks"] and len(set(wanted["ranks"])) > 1
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = {name: module for name, module in whole.named_modules() if isinstance(module, LoraLayer)}
+    assert set(config.selected_modules) == set(layers)
+    ranks = sorted(layer.r["default"] for layer in layers.values())
+    assert ranks == wanted["ranks"] and len(set(ranks)) > 1
 
 
 if __name__ == "__main__":

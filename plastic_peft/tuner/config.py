@@ -187,6 +187,7 @@ class PlasticityConfig(LoraConfig):
                 "in a config: make a new PlasticityConfig to select again, or leave plasticity out to keep that selection."
             )
         self._report: PlasticityReport | None = None
+        self._found_labels: list[str] | None = None
         self._names_in_file: dict[str, str] | None = None
         self._moved_to_save: list[str] = []
         if isinstance(self.plasticity, PlasticityReport):

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..components import named_leaves, public_name
@@ -16,7 +17,10 @@ from ..embedded import portable_name
 from ..names import renamed_keys
 from .config import PlasticityConfig
 from .layer import FullLayer, trainable_names
-from .settle import settle
+from .settle import exact_pattern, settle
+
+
+_ONE_WAY = "would be trained whole in two ways, by an adapter's modules_to_save and by one with adapter='full'"
 
 
 class PlasticityModel(LoraModel):
@@ -37,6 +41,11 @@ class PlasticityModel(LoraModel):
     """
 
     tuner_layer_cls = (LoraLayer, FullLayer)  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # modules saved whole to their active adapters, while others are merged
+        self._active_before_merge: dict[ModulesToSaveWrapper, list[str]] = {}
 
     @property
     def name_or_path(self) -> str:
@@ -71,8 +80,12 @@ class PlasticityModel(LoraModel):
     def _check_targets(self, config: PlasticityConfig, model: nn.Module) -> None:
         other = LoraLayer if config.adapter == "full" else FullLayer
         for name, module, _ in named_leaves(model):
+            if isinstance(module, FullLayer) and name.endswith(tuple(config.modules_to_save or ())):
+                raise ValueError(f"{name} {_ONE_WAY}: leave it out of modules_to_save (train_norms=False for norms).")
             if not name or not self._check_target_module_exists(config, name):
                 continue
+            if config.adapter == "full" and isinstance(module, AuxiliaryTrainingWrapper):
+                raise ValueError(f"{name} {_ONE_WAY}: select other modules, or leave it out of modules_to_save there.")
             if isinstance(module, other):
                 raise ValueError(
                     f"{name} already has an adapter of the other mode, and one module cannot carry both adapter='lora' and "
@@ -113,6 +126,83 @@ class PlasticityModel(LoraModel):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, wrapper in self._saved_whole():
+            # loading without initial values first leaves dtype and device of the file
+            like = next(wrapper.original_module.parameters(), None)
+            if like is not None and adapter_name in wrapper.modules_to_save:
+                held = wrapper.modules_to_save[adapter_name]
+                if like.is_floating_point() and not any(p.is_meta for p in [like, *held.parameters()]):
+                    held.to(device=like.device, dtype=like.dtype)
+
+    def _saved_whole(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                yield name, module
+
+    def _holder(self, name: str, wrapper: ModulesToSaveWrapper, adapters: Iterable[str]) -> list[str]:
+        """Which one of the adapters has a copy of a module saved whole; there can be one at most."""
+        holders = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+        if len(holders) > 1:
+            raise ValueError(
+                f"{' and '.join(holders)} each have {public_name(name)} of their own, trained whole, and only one of them can "
+                "take its place: merge one of these adapters."
+            )
+        return holders
+
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """As for LoRA; modules saved whole, such as the head and norms, become those of the merged adapter."""
+        chosen = [(w, self._holder(n, w, adapter_names)) for n, w in self._saved_whole()] if adapter_names else []
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        for wrapper, holder in chosen:
+            self._active_before_merge.setdefault(wrapper, list(wrapper.active_adapters))
+            wrapper.set_adapter(holder)
+
+    def unmerge_adapter(self) -> None:
+        """As for LoRA; modules saved whole become again those of the active adapters."""
+        super().unmerge_adapter()
+        while self._active_before_merge:
+            wrapper, active = self._active_before_merge.popitem()
+            wrapper.set_adapter(active)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> Any:
+        # peft would keep the active adapter's copies, whichever adapter is merged, and if none is
+        if adapter_names or not merge:
+            chosen = [(w, self._holder(n, w, adapter_names or ()) if merge else []) for n, w in self._saved_whole()]
+            for wrapper, holder in chosen:
+                wrapper.set_adapter(holder)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        if getattr(config, "selected_modules", None):
+            # an initialisation may have dropped modules to which it gives no rank
+            whole: Any = model
+            base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+            held = {
+                public_name(name)
+                for name, module in base.named_modules()
+                if isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names()
+            }
+            config.selected_modules = {name: score for name, score in config.selected_modules.items() if name in held}
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for module in model.modules():
@@ -130,7 +220,7 @@ class PlasticityModel(LoraModel):
         state_dict = {keys[key]: tensor for key, tensor in state_dict.items()}
         for name, module in model.named_modules():
             if isinstance(module, MovedModule):
-                for key, place in ModulesToSaveWrapper.adapter_state_dict_load_map(module, adapter_name).items():
+                for key, place in module.adapter_state_dict_load_map(adapter_name).items():
                     if f"{name}.{key}" not in state_dict:
                         raise ValueError(f"modules_to_save names {name}, and the adapter's file has no {key} for it.")
                     state_dict[f"{name}.{place}"] = state_dict.pop(f"{name}.{key}")
@@ -165,7 +255,14 @@ class PlasticityModel(LoraModel):
             for layer, adapters in zip(layers, active, strict=True):
                 layer._active_adapter = adapters
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As for LoRA; modules saved whole, such as the head and norms, change by the weighted change.
+
+        Raises:
+            ValueError: If one of the adapters is a full one, or two of them have the same module saved whole.
+        """
         full = [name for name in adapters if getattr(self.peft_config.get(name), "adapter", "lora") == "full"]
         if full:
             raise ValueError(f"add_weighted_adapter combines LoRA weights; {', '.join(full)} has adapter='full'.")
@@ -173,7 +270,8 @@ class PlasticityModel(LoraModel):
         first: Any = self.peft_config.get(adapters[0])
         scores = [getattr(self.peft_config.get(name), "selected_modules", None) for name in adapters]
         if all(given is None for given in scores):
-            super().add_weighted_adapter(adapters, *args, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+            self._finish_weighted(adapters, weights, adapter_name)
             return
         held = first.selected_modules
         named = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
@@ -183,9 +281,35 @@ class PlasticityModel(LoraModel):
             if any(self._check_target_module_exists(self.peft_config[adapter], name) for adapter in adapters)
         }
         try:
-            super().add_weighted_adapter(adapters, *args, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
             first.selected_modules = held
+        self._finish_weighted(adapters, weights, adapter_name)
+
+    @torch.no_grad()
+    def _finish_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Combine what is saved whole, and state the ranks that the combination has, which peft leaves out."""
+        config: Any = self.peft_config[adapter_name]
+        for _, wrapper in self._saved_whole():
+            parts = wrapper.modules_to_save
+            if adapter_name in parts:
+                # peft has refused adapters that have the same module of their own
+                for adapter, weight in zip(adapters, weights, strict=True):
+                    for name, original in wrapper.original_module.named_parameters() if adapter in parts else ():
+                        change = parts[adapter].get_parameter(name) - original
+                        parts[adapter_name].get_parameter(name).copy_(original + weight * change)
+        ranks, alphas = {}, {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.r:
+                held: Any = module
+                embedded = adapter_name in held.lora_embedding_A
+                first = held.lora_embedding_A[adapter_name] if embedded else held.lora_A[adapter_name].weight
+                rank = first.shape[0]
+                scale = math.sqrt(rank) if config.use_rslora else rank
+                ranks[public_name(name)], alphas[public_name(name)] = rank, module.scaling[adapter_name] * scale
+        if ranks:
+            config.rank_pattern = exact_pattern(ranks, config.r)
+            config.alpha_pattern = exact_pattern(alphas, config.lora_alpha)
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -205,12 +329,19 @@ class PlasticityModel(LoraModel):
 class MovedModule(ModulesToSaveWrapper):
     """A module saved whole that an adapter's file may hold under another release's name.
 
-    PEFT looks for its weights under this release's name, before the tuner can rename what the file holds; so it is told
-    that there are none, and `PlasticityModel._remap_adapter_state_dict_for_load` puts them in their place.
+    PEFT looks for its weights under this release's name, before the tuner can rename what the file holds; so it comes upon
+    none, and `PlasticityModel._remap_adapter_state_dict_for_load` puts them in their place.
     """
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        return {}
+        return _NotIterated(super().adapter_state_dict_load_map(adapter_name))
+
+
+class _NotIterated(dict[str, str]):
+    """A mapping whose keys PEFT's loading does not come upon; its items, which transformers' loading reads, are there."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
     """
     modules = {name: module for name, module, _ in named_leaves(model)}
     structure: Structure | None = None
+    found_norms: tuple[str, ...] = ()
     adopt_names(config, model)
     if config.selected_modules is not None:
         _check_names(config.selected_modules, modules, "selected_modules")
@@ -73,13 +74,16 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         if not isinstance(report, PlasticityReport):
             # scores by name say nothing of roles and blocks
             options["granularity"] = "module"
-        _apply(config, select(candidates, base_parameters=total, **options))
+        selection = select(candidates, base_parameters=total, **options)
+        found_norms = selection.norms
+        _apply(config, selection)
         config.plasticity = None
     if "auto" in (config.modules_to_save or ()):
         chosen = config.selected_modules or {}
         # a head that was asked for by name is adapted instead
         head = [name for name in _head(config, model, modules, structure) if name not in chosen]
         saved = [part for name in config.modules_to_save or () for part in (head if name == "auto" else [name])]
+        _check_reach([*head, *found_norms], modules)
         config.modules_to_save = list(dict.fromkeys(saved)) or None
         if head:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(head))
@@ -88,6 +92,17 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
             raise ValueError(
                 f"modules_to_save trains whole weights, and those of {name} are quantised ({packed}): load the model with this "
                 f"module left as it is, for bitsandbytes with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
+            )
+
+
+def _check_reach(names: Iterable[str], modules: Iterable[str]) -> None:
+    """PEFT saves whole whatever name ends with one of `modules_to_save`: refuse names that reach further than themselves."""
+    for name in names:
+        further = next((other for other in modules if other.endswith(name) and other != name), None)
+        if further is not None:
+            raise ValueError(
+                f"{name} is to be trained whole, and peft, which goes by the ends of names, would train {further} as well: rename "
+                f"one of the two, or pass modules_to_save=None (and train_norms=False) and adapt {name} as a target module."
             )
 
 
@@ -122,8 +137,9 @@ def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
     config._names_in_file = config.checkpoint_names
     config.checkpoint_names = compact(checkpoint_names(model)) or None
     labels = getattr(getattr(model, "config", None), "id2label", None)
-    if config.labels is None and labels:
-        config.labels = [str(labels[index]) for index in sorted(labels)]
+    # what was filled in for one model is no wish for the next
+    if labels and (config.labels is None or config.labels is config._found_labels):
+        config.labels = config._found_labels = [str(labels[index]) for index in sorted(labels)]
 
 
 def _adopt_patterns(config: PlasticityConfig, model: nn.Module) -> None:
@@ -354,8 +370,10 @@ def _in_layers(config: PlasticityConfig, candidate: Candidate) -> bool:
 
 
 def _saved_whole(name: str, modules_to_save: Any) -> bool:
-    """Is the module trained in full as one of `modules_to_save`, or inside one of them?"""
-    return any(f".{saved}." in f".{name}." for saved in modules_to_save)
+    """Is the module trained in full as one of `modules_to_save`, which name the ends of names, or inside one of them?"""
+    parts = name.split(".")
+    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(outer.endswith(saved) for outer in around for saved in modules_to_save)
 
 
 class LoraMatch:
@@ -382,10 +400,21 @@ def _head(
             return names
     if structure is None:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            _warn_of_no_head("its weights are not in memory")
             return []
         try:
             structure = trace(model)
-        except (ValueError, RuntimeError, TypeError):
-            # what states no image size or has no blocks is no vision transformer, and PEFT adapts it as it adapts any model
+        except (ValueError, RuntimeError, TypeError) as error:
+            # what states no image size or has no blocks may be no vision transformer, and PEFT adapts it as any model
+            _warn_of_no_head(str(error))
             return []
     return [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
+
+
+def _warn_of_no_head(why: str) -> None:
+    warnings.warn(
+        "modules_to_save='auto' cannot look for the head, which stays as it is: pass modules_to_save=['name of the head'], or None "
+        f"if there is none to train. ({why})",
+        UserWarning,
+        stacklevel=2,
+    )
