@@ -221,13 +221,13 @@ def test_a_settled_config_does_not_take_another_report(report):
 
 def test_a_config_used_again_takes_the_next_model_s_labels():
     """Without it an adapter would be saved with the label names of a model that it was not made for."""
-    config = PlasticityConfig(target_modules=[vit_name("fc1")])
+    config = PlasticityConfig(target_modules=[vit_name("mlp.fc1")])
     for names in ("ABCDE", "VWXYZ"):
         model = models.transformers_model("vit")
         model.config.id2label = dict(enumerate(names))
         get_peft_model(model, config)
         assert config.labels == list(names)
-    own = PlasticityConfig(target_modules=[vit_name("fc1")], labels=list("abcde"))
+    own = PlasticityConfig(target_modules=[vit_name("mlp.fc1")], labels=list("abcde"))
     get_peft_model(models.transformers_model("vit"), own)
     assert own.labels == list("abcde")
 
