@@ -177,7 +177,7 @@ def measure_plasticity(
         max_pairs=max_pairs,
         notes=(
             *(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
-            *_unread_notes(structure),
+            *_structure_notes(structure),
             *repetition_notes(target, source, total),
         ),
         **origin(core, structure),
@@ -231,11 +231,19 @@ def _check_arguments(
         check_options(**{name: selection.get(name, known[name].default) for name in checked})
 
 
-def _unread_notes(structure: Structure) -> list[str]:
-    if not structure.unread:
-        return []
-    names = ", ".join(structure.unread[:3]) + (", ..." if len(structure.unread) > 3 else "")
-    return [f"{len(structure.unread)} modules have no row, since their tensors hold no whole images: {names}"]
+def _structure_notes(structure: Structure) -> list[str]:
+    """What a reader may miss among the blocks."""
+    outside = [leaf.name for leaf in structure.leaves.values() if leaf.linear and leaf.block is None]
+    heads = {name for component in structure.components if component.role == "head" for name in component.modules}
+    left = {
+        "no row, since its tensors hold no whole images": structure.unread,
+        "a linear outside the blocks, which no selection takes": [name for name in outside if name not in heads],
+    }
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {what}"
+        for what, names in left.items()
+        if names
+    ]
 
 
 def _too_few(total: int, different: int) -> str:
