@@ -432,10 +432,10 @@ class _Tracer:
         tokenwise = x.shape[:-1] == y.shape[:-1]
         parameters = own_parameters(module)
         shapes = [whole_shape(p) for p in parameters]
-        light = all(len(shape) <= 1 or shape.numel() == max(shape) for shape in shapes)
+        light = x.shape == y.shape and all(len(shape) <= 1 or shape.numel() == max(shape) for shape in shapes)
         conv = weight is not None and len(whole_shape(weight)) >= 3 and not light
         linear = not conv and not light and tokenwise and weight is not None
-        single = light and bool(parameters) and x.shape == y.shape and len(args) + len(kwargs) == 1
+        single = light and bool(parameters) and [id(value) for value in (*args, *kwargs.values())] == [id(x)]
         norm = single and self._does_not_scale(module, x, next(iter(kwargs), None))
         leaf = Leaf(
             name=name,
@@ -814,8 +814,14 @@ def _block_components(tracer: _Tracer, block: _Block, index: int, leaves: list[L
             continue
         if role in ("norm_attention", "norm_mlp", "other"):
             groups = [[leaf] for leaf in members]
-        else:
+        elif role == "attention":
             groups = [members]
+        else:
+            # the two inputs of a gated MLP receive the same; experts put out from what each received
+            received: dict[float, list[Leaf]] = {}
+            for leaf in members:
+                received.setdefault(leaf.in_sum, []).append(leaf)
+            groups = list(received.values())
         for group in groups:
             inputs, outputs, name = group[0].name, [group[0].name], group[0].name
             if role == "attention":
@@ -862,7 +868,7 @@ def _label_count(model: nn.Module, output: Any, flat: Iterable[torch.Tensor]) ->
     if logits is None and not hasattr(output, "to_tuple"):
         given = list(_tensors(output))
         # among features and logits, the logits are what a linear has put out
-        logits = next((tensor for tensor in given if any(tensor is other for other in flat)), None)
+        logits = next((tensor for tensor in reversed(given) if any(tensor is other for other in flat)), None)
         if logits is None and not hasattr(model, "config"):
             logits = first_tensor(output)
     return int(logits.shape[-1]) if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None

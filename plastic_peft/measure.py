@@ -637,6 +637,8 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     try:
         chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
     except ValueError:
+        if options.get("threshold") is None:
+            raise
         # so far no score reaches the threshold
         return False
     names = set(chosen.modules)
@@ -655,4 +657,6 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     try:
         return set(select(worst, base_parameters=base_parameters, **options).modules) == names
     except ValueError:
+        if options.get("threshold") is None:
+            raise
         return False

@@ -274,11 +274,13 @@ def test_convolutions_after_which_channels_come_first_are_no_attention():
         find_components(transformers.ConvNextForImageClassification(config))
 
 
-@pytest.mark.parametrize("form", ["a dict", "features first", "a config of its own"])
+@pytest.mark.parametrize("form", ["a dict", "features first", "a config of its own", "one label"])
 def test_the_head_is_found_in_other_outputs(form):
     """Without it the head of a plain module that returns more than logits would stay untrained and unsaved."""
     model = models.hand_written("pre_norm")
-    if form == "a config of its own":
+    if form == "one label":
+        model.head = nn.Linear(models.WIDTH, 1)
+    elif form == "a config of its own":
         model.config = SimpleNamespace(depth=3)
     else:
         plain = model.forward

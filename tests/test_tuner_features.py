@@ -236,6 +236,25 @@ def test_merge_an_inactive_adapter(base, pixels, adapter):
     with pytest.raises(ValueError, match="one and two each have classifier of their own"):
         model.merge_adapter(adapter_names=["one", "two"])
     assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+    # the head follows however the adapter is taken out again
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.merge_adapter(adapter_names=["two"])
+    with pytest.raises(ValueError, match="two and one each have classifier of their own"):
+        model.merge_adapter(adapter_names=["one"])
+    with model.disable_adapter():
+        logits(model, pixels)
+    assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+    model.merge_adapter(adapter_names=["two"])
+    model.set_adapter("two")
+    assert torch.allclose(logits(model, pixels), two, atol=1e-5)
+    model.set_adapter("one")
+    assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.merge_adapter(adapter_names=["two"])
+    model.delete_adapter("one")
+    model.set_adapter("two")
+    assert torch.allclose(logits(model, pixels), two, atol=1e-5)
+    model.merge_adapter()
+    assert torch.allclose(logits(model.unload(), pixels), logits(transformers_model("vit").eval(), pixels), atol=1e-5)
 
 
 @feature("`unload`")
@@ -286,8 +305,16 @@ def test_add_weighted_adapter_with_heads(base, pixels, adapter, tmp_path):
     model.set_adapter("same")
     assert torch.allclose(logits(model, pixels), one, atol=1e-5)
     model.save_pretrained(tmp_path, selected_adapters=["same"])
-    loaded = PeftModel.from_pretrained(transformers_model("vit"), tmp_path / "same").eval()
-    assert torch.allclose(logits(loaded, pixels), one, atol=1e-5)
+    save_adapter(model, tmp_path / "whole", adapter_name="same")
+    export_lora(model, tmp_path / "export", adapter_name="same")
+    for folder in ("same", "whole", "export"):
+        loaded = PeftModel.from_pretrained(transformers_model("vit"), tmp_path / folder).eval()
+        assert torch.allclose(logits(loaded, pixels), one, atol=1e-5)
+    model.add_weighted_adapter(["one"], [0.5], "same", combination_type="linear")
+    assert torch.allclose(logits(model, pixels), one, atol=1e-5)
+    model.add_adapter("headless", chosen(adapter, FC1, **HEADLESS, **options))
+    model.add_weighted_adapter(["headless", "one"], [0.5, 0.5], "later", combination_type="svd", svd_rank=2)
+    assert "later" in model.base_model.model.classifier.modules_to_save
     model.add_adapter("two", chosen(adapter, FC1, FC2, **options))
     model.add_weighted_adapter(["one"], [0.5], "less", combination_type="linear")
     heads = model.base_model.model.classifier.modules_to_save

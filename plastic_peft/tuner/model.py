@@ -20,7 +20,7 @@ from .layer import FullLayer, trainable_names
 from .settle import exact_pattern, settle
 
 
-_ONE_WAY = "would be trained whole in two ways, by an adapter's modules_to_save and by one with adapter='full'"
+_TWICE = "would be trained whole in two ways, by an adapter's modules_to_save and by one with adapter='full'"
 
 
 class PlasticityModel(LoraModel):
@@ -44,8 +44,8 @@ class PlasticityModel(LoraModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # modules saved whole to their active adapters, while others are merged
-        self._active_before_merge: dict[ModulesToSaveWrapper, list[str]] = {}
+        # adapters are merged that need not be the active ones
+        self._merged_by_name = False
 
     @property
     def name_or_path(self) -> str:
@@ -81,11 +81,11 @@ class PlasticityModel(LoraModel):
         other = LoraLayer if config.adapter == "full" else FullLayer
         for name, module, _ in named_leaves(model):
             if isinstance(module, FullLayer) and name.endswith(tuple(config.modules_to_save or ())):
-                raise ValueError(f"{name} {_ONE_WAY}: leave it out of modules_to_save (train_norms=False for norms).")
+                raise ValueError(f"{name} {_TWICE}: leave it out of modules_to_save (train_norms=False for norms).")
             if not name or not self._check_target_module_exists(config, name):
                 continue
             if config.adapter == "full" and isinstance(module, AuxiliaryTrainingWrapper):
-                raise ValueError(f"{name} {_ONE_WAY}: select other modules, or leave it out of modules_to_save there.")
+                raise ValueError(f"{name} {_TWICE}: select other modules, or leave it out of modules_to_save there.")
             if isinstance(module, other):
                 raise ValueError(
                     f"{name} already has an adapter of the other mode, and one module cannot carry both adapter='lora' and "
@@ -128,7 +128,7 @@ class PlasticityModel(LoraModel):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for _, wrapper in self._saved_whole():
+        for _, wrapper in self._wrappers():
             # loading without initial values first leaves dtype and device of the file
             like = next(wrapper.original_module.parameters(), None)
             if like is not None and adapter_name in wrapper.modules_to_save:
@@ -136,35 +136,59 @@ class PlasticityModel(LoraModel):
                 if like.is_floating_point() and not any(p.is_meta for p in [like, *held.parameters()]):
                     held.to(device=like.device, dtype=like.dtype)
 
-    def _saved_whole(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    def _wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        """The modules that adapters save whole, such as the head and norms, by name."""
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
                 yield name, module
 
-    def _holder(self, name: str, wrapper: ModulesToSaveWrapper, adapters: Iterable[str]) -> list[str]:
-        """Which one of the adapters has a copy of a module saved whole; there can be one at most."""
-        holders = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
-        if len(holders) > 1:
-            raise ValueError(
-                f"{' and '.join(holders)} each have {public_name(name)} of their own, trained whole, and only one of them can "
-                "take its place: merge one of these adapters."
-            )
-        return holders
+    def _merged(self) -> list[str]:
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        return list(dict.fromkeys(name for layer in layers for name in getattr(layer, "merged_adapters", ())))
+
+    def _holders(self, adapters: Iterable[str]) -> list[tuple[ModulesToSaveWrapper, list[str]]]:
+        """Which one of the adapters has its copy of each module saved whole; there can be one at most."""
+        found = []
+        for name, wrapper in self._wrappers():
+            holders = [adapter for adapter in dict.fromkeys(adapters) if adapter in wrapper.modules_to_save]
+            if len(holders) > 1:
+                raise ValueError(
+                    f"{' and '.join(holders)} each have {public_name(name)} of their own, trained whole, and only one of them "
+                    "can take its place: merge one of these adapters."
+                )
+            found.append((wrapper, holders))
+        return found
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        """As for LoRA; modules saved whole, such as the head and norms, become those of the merged adapter."""
-        chosen = [(w, self._holder(n, w, adapter_names)) for n, w in self._saved_whole()] if adapter_names else []
+        """As for LoRA; modules saved whole, such as the head and norms, become those of the merged adapters.
+
+        Raises:
+            ValueError: If two of the adapters have the same module saved whole.
+        """
+        self._check_merge_allowed()
+        holders = self._holders([*self._merged(), *(adapter_names or self.active_adapters)])
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        for wrapper, holder in chosen:
-            self._active_before_merge.setdefault(wrapper, list(wrapper.active_adapters))
-            wrapper.set_adapter(holder)
+        _put_in_place(holders)
+        self._merged_by_name |= bool(adapter_names)
 
     def unmerge_adapter(self) -> None:
         """As for LoRA; modules saved whole become again those of the active adapters."""
         super().unmerge_adapter()
-        while self._active_before_merge:
-            wrapper, active = self._active_before_merge.popitem()
-            wrapper.set_adapter(active)
+        self._merged_by_name = False
+        _put_in_place(self._holders(self.active_adapters))
+
+    def _unmerge_what_is_not_active(self) -> None:
+        if self._merged_by_name and self._merged():
+            self.unmerge_adapter()
+
+    def disable_adapter_layers(self) -> None:
+        # layers unmerge as soon as they run disabled, and the head goes with them
+        self._unmerge_what_is_not_active()
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._unmerge_what_is_not_active()
+        super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(
         self,
@@ -174,10 +198,13 @@ class PlasticityModel(LoraModel):
         adapter_names: Optional[list[str]] = None,
     ) -> Any:
         # peft would keep the active adapter's copies, whichever adapter is merged, and if none is
-        if adapter_names or not merge:
-            chosen = [(w, self._holder(n, w, adapter_names or ()) if merge else []) for n, w in self._saved_whole()]
-            for wrapper, holder in chosen:
-                wrapper.set_adapter(holder)
+        if merge:
+            self._check_merge_allowed()
+            _put_in_place(self._holders([*self._merged(), *(adapter_names or self.active_adapters)]))
+        else:
+            if self._merged():
+                self.unmerge_adapter()
+            _put_in_place([(wrapper, []) for _, wrapper in self._wrappers()])
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -195,12 +222,14 @@ class PlasticityModel(LoraModel):
             # an initialisation may have dropped modules to which it gives no rank
             whole: Any = model
             base = whole.get_base_model() if hasattr(model, "get_base_model") else model
+            base = base.model if isinstance(base, PlasticityModel) else base
             held = {
                 public_name(name)
                 for name, module in base.named_modules()
                 if isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names()
             }
-            config.selected_modules = {name: score for name, score in config.selected_modules.items() if name in held}
+            kept = {name: score for name, score in config.selected_modules.items() if name in held}
+            config.selected_modules = kept or config.selected_modules
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -266,31 +295,34 @@ class PlasticityModel(LoraModel):
         full = [name for name in adapters if getattr(self.peft_config.get(name), "adapter", "lora") == "full"]
         if full:
             raise ValueError(f"add_weighted_adapter combines LoRA weights; {', '.join(full)} has adapter='full'.")
-        # peft copies the first config and unites the targets; the exact names have to be united likewise
-        first: Any = self.peft_config.get(adapters[0])
-        scores = [getattr(self.peft_config.get(name), "selected_modules", None) for name in adapters]
-        if all(given is None for given in scores):
+        if adapter_name in self.peft_config or any(name not in self.peft_config for name in adapters):
+            # peft leaves an adapter that is there alone, and refuses those that are not there
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
-            self._finish_weighted(adapters, weights, adapter_name)
             return
-        held = first.selected_modules
-        named = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
-        first.selected_modules = {
-            public_name(name): max((given.get(public_name(name), 0.0) for given in scores if given), default=0.0)
-            for name in named
-            if any(self._check_target_module_exists(self.peft_config[adapter], name) for adapter in adapters)
-        }
+        # peft copies the first config and unites the targets; exact names and what is saved whole have to be united likewise
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        first, scores = configs[0], [getattr(config, "selected_modules", None) for config in configs]
+        held = first.selected_modules, first.modules_to_save
+        if any(given is not None for given in scores):
+            named = [name for name, module in self.model.named_modules() if isinstance(module, LoraLayer)]
+            first.selected_modules = {
+                public_name(name): max((given.get(public_name(name), 0.0) for given in scores if given), default=0.0)
+                for name in named
+                if any(self._check_target_module_exists(self.peft_config[adapter], name) for adapter in adapters)
+            }
+        saved = [part for config in configs for part in config.modules_to_save or ()]
+        first.modules_to_save = list(dict.fromkeys(saved)) or None
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         finally:
-            first.selected_modules = held
+            first.selected_modules, first.modules_to_save = held
         self._finish_weighted(adapters, weights, adapter_name)
 
     @torch.no_grad()
     def _finish_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Combine what is saved whole, and state the ranks that the combination has, which peft leaves out."""
         config: Any = self.peft_config[adapter_name]
-        for _, wrapper in self._saved_whole():
+        for _, wrapper in self._wrappers():
             parts = wrapper.modules_to_save
             if adapter_name in parts:
                 # peft has refused adapters that have the same module of their own
@@ -306,7 +338,9 @@ class PlasticityModel(LoraModel):
                 first = held.lora_embedding_A[adapter_name] if embedded else held.lora_A[adapter_name].weight
                 rank = first.shape[0]
                 scale = math.sqrt(rank) if config.use_rslora else rank
-                ranks[public_name(name)], alphas[public_name(name)] = rank, module.scaling[adapter_name] * scale
+                module.r[adapter_name], module.lora_alpha[adapter_name] = rank, module.scaling[adapter_name] * scale
+                ranks[public_name(name)] = rank
+                alphas[public_name(name)] = module.lora_alpha[adapter_name]
         if ranks:
             config.rank_pattern = exact_pattern(ranks, config.r)
             config.alpha_pattern = exact_pattern(alphas, config.lora_alpha)
@@ -324,6 +358,15 @@ class PlasticityModel(LoraModel):
         )
         # peft's conversion drops what is saved whole, such as the head
         return {**{key: weight for key, weight in weights.items() if f".{cls.prefix}" not in key}, **converted}
+
+
+def _put_in_place(holders: Iterable[tuple[ModulesToSaveWrapper, list[str]]]) -> None:
+    """Have each module saved whole be its holder's copy, or the original; gradient flags stay as they are."""
+    for wrapper, adapters in holders:
+        flags = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
+        wrapper.set_adapter(adapters)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 class MovedModule(ModulesToSaveWrapper):

@@ -83,10 +83,11 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         # a head that was asked for by name is adapted instead
         head = [name for name in _head(config, model, modules, structure) if name not in chosen]
         saved = [part for name in config.modules_to_save or () for part in (head if name == "auto" else [name])]
-        _check_reach([*head, *found_norms], modules)
+        _check_reach(head, modules)
         config.modules_to_save = list(dict.fromkeys(saved)) or None
         if head:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(head))
+    _check_reach(found_norms, modules)
     for name, module in modules.items():
         if name.endswith(tuple(config.modules_to_save or ())) and (packed := packed_dtype(module)):
             raise ValueError(
