@@ -119,9 +119,9 @@ def overhead(arguments: argparse.Namespace) -> None:
         return AutoModelForImageClassification.from_pretrained(arguments.model) if arguments.model else vit()
 
     makers = {"vit_nano": load_vit_nano, "DeiT-tiny": tiny, "ViT-B/16": lambda: vit(width=768)}
-    plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 32, 8), ("DeiT-tiny", 128, 8)]
+    plan = [("vit_nano", 256, 8), ("vit_nano", 256, 32), ("DeiT-tiny", 32, 8), ("DeiT-tiny", 128, 16)]
     results = []
-    for name, pairs, per_batch in [*plan, ("DeiT-tiny", 128, 16), ("ViT-B/16", 32, 8), ("ViT-B/16", 64, 16)]:
+    for name, pairs, per_batch in [*plan, ("ViT-B/16", 16, 8), ("ViT-B/16", 32, 16)]:
         images = None
         if name == "DeiT-tiny" and arguments.model:
             images = tuple(pixels(load(path).select(range(pairs))) for path in (arguments.source, arguments.target))
@@ -129,7 +129,7 @@ def overhead(arguments: argparse.Namespace) -> None:
         weights = "trained" if images is not None or name == "vit_nano" else "random"
         results.append({"model": name, "weights": weights, **row})
         print(json.dumps(results[-1]), flush=True)
-    save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
+        save("measurement_overhead", results, rounds=arguments.rounds, note="tracing of the structure included")
 
 
 def scaling(arguments: argparse.Namespace) -> None:
