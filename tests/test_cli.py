@@ -74,7 +74,8 @@ def test_selecting_prints_what_the_report_selects(day, capsys):
         == 0
     )
     assert "full" in capsys.readouterr().out
-    assert json.loads((day / "s.json").read_text())["units"] == ["norm_attention"]
+    full = PlasticityReport.load(day / "report.json").select(adapter="full")
+    assert json.loads((day / "s.json").read_text())["units"] == list(full.units)
 
 
 def test_flags_win_over_the_config_file_and_results_are_json(day, capsys):
