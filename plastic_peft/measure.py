@@ -645,14 +645,17 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     """Does the selection stay when every selected score moves to the bad end of its interval and the others to the good?"""
     options = dict(options)
     signal = options.pop("signal", None)
-    try:
-        chosen = select(candidates(rows, signal), base_parameters=base_parameters, **options)
-    except ValueError:
-        if options.get("threshold") is None:
-            raise
-        # so far no score reaches the threshold
-        return False
-    names = set(chosen.modules)
+
+    def selected_from(some: list[Row]) -> set[str]:
+        try:
+            return set(select(candidates(some, signal), base_parameters=base_parameters, **options).modules)
+        except ValueError:
+            if options.get("threshold") is None:
+                raise
+            # no score reaches the threshold
+            return set()
+
+    names = selected_from(rows)
     # a component counts as selected if any of its modules is
     components = {(row.component, row.role) for row in rows if row.level == "module" and row.name in names}
     low_is_bad = options.get("order", "highest") != "lowest"
@@ -664,10 +667,4 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
         # no bound above is no reason to believe in the selection
         return replace(row, mean=row.ci_high, shift=None if row.shift is None else row.shift_high or math.inf)
 
-    worst = candidates([at_worst(row) for row in rows], signal)
-    try:
-        return set(select(worst, base_parameters=base_parameters, **options).modules) == names
-    except ValueError:
-        if options.get("threshold") is None:
-            raise
-        return False
+    return bool(names) and selected_from([at_worst(row) for row in rows]) == names

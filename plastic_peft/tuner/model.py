@@ -42,11 +42,6 @@ class PlasticityModel(LoraModel):
 
     tuner_layer_cls = (LoraLayer, FullLayer)  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # adapters are merged that need not be the active ones
-        self._merged_by_name = False
-
     @property
     def name_or_path(self) -> str:
         """The base model's name in the tags of peft's model card."""
@@ -169,16 +164,15 @@ class PlasticityModel(LoraModel):
         holders = self._holders([*self._merged(), *(adapter_names or self.active_adapters)])
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         _put_in_place(holders)
-        self._merged_by_name |= bool(adapter_names)
 
     def unmerge_adapter(self) -> None:
         """As for LoRA; modules saved whole become again those of the active adapters."""
         super().unmerge_adapter()
-        self._merged_by_name = False
         _put_in_place(self._holders(self.active_adapters))
 
     def _unmerge_what_is_not_active(self) -> None:
-        if self._merged_by_name and self._merged():
+        merged = self._merged()
+        if merged and set(merged) != set(self.active_adapters):
             self.unmerge_adapter()
 
     def disable_adapter_layers(self) -> None:
