@@ -258,6 +258,18 @@ def _row(component: Component, structure: Structure, name: str | None, bound: fl
     )
 
 
+def _softmax(
+    outputs: dict[str, torch.Tensor], parts: tuple[tuple[str, slice], ...], head_dim: int
+) -> torch.Tensor | None:
+    """softmax(q k^T / sqrt(head_dim)) v of these parts of outputs, heads side by side; `None` if they are no tokens."""
+    found = [outputs[name][..., rows] for name, rows in parts if name in outputs]
+    if len(found) != 3 or any(part.ndim != 3 for part in found):
+        return None
+    q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in found)
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 @dataclass
 class _Heads:
     """Weights of one attention as (out, in), the width of a head, the queries' bias, and are there position terms?"""
@@ -384,36 +396,28 @@ class _AttentionProbe:
         q_bias, k_bias = (self._bias(*part) for part in (q, k))
         # either of the two may be q
         ways = [(q, k)] if q_weight.shape != k_weight.shape else [(q, k), (k, q)]
-        softmax = [self._softmax(module, args, kwargs, (*way, values[0]), head_dim) for way in ways]
-        positions = not any(mixed is not None and _alike(mixed, plain) for mixed in softmax)
+        outputs = self._outputs(module, args, kwargs, feeding)
+        mixed = [_softmax(outputs, (*way, values[0]), head_dim) for way in ways]
+        positions = not any(output is not None and _alike(output, plain) for output in mixed)
         found = [_Heads(q_weight, k_weight, v_weight, output, head_dim, q_bias, positions)]
         if k_bias is not None and q_weight.shape == k_weight.shape:
             found.append(_Heads(k_weight, q_weight, v_weight, output, head_dim, k_bias, positions))
         return found
 
-    def _softmax(
-        self, module: nn.Module, args: Any, kwargs: Any, parts: tuple[tuple[str, slice], ...], head_dim: int
-    ) -> torch.Tensor | None:
-        """softmax(q k^T / sqrt(head_dim)) v of these parts, as the output projection would receive it; `None` if it cannot be."""
+    def _outputs(self, module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> dict[str, torch.Tensor]:
+        """What these linears put out."""
         seen: dict[str, torch.Tensor] = {}
-        handles = [
-            self.modules[name].register_forward_hook(
-                lambda m, a, output, name=name: seen.update({name: output.float()})
-            )
-            for name in {name for name, _ in parts}
-        ]
+
+        def keep(name: str) -> Any:
+            return lambda m, inputs, output: seen.update({name: output.float()})
+
+        handles = [self.modules[name].register_forward_hook(keep(name)) for name in names]
         try:
             module(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        outputs = [seen[name][..., rows] for name, rows in parts if name in seen]
-        if len(outputs) != 3 or any(part.ndim != 3 for part in outputs):
-            return None
-        q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in outputs)
-        shared = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return seen
 
     def _bias(self, name: str, rows: slice) -> torch.Tensor | None:
         module = self.modules[name]

@@ -689,22 +689,9 @@ def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
         if not any(leaf.linear for leaf in block.rest) and "." in block.name:
             groups.setdefault(block.name.rpartition(".")[0], []).append(block)
     for scope, group in groups.items():
-        starts = [min(leaf.start for leaf in block.attention) for block in group]
-        ends = [max(leaf.start for leaf in block.attention) for block in group]
-        wide = scope
-        while True:
-            free = [leaf for leaf in leaves if leaf.name not in taken and _inside(leaf.name, wide)]
-            gaps = [
-                [leaf for leaf in free if end < leaf.start < start]
-                for end, start in zip(ends, [*starts[1:], float("inf")], strict=True)
-            ]
-            if all(any(leaf.linear for leaf in gap) for gap in gaps[:-1]) and len(group) > 1:
-                break
-            if not wide or len(group) == 1:
-                wide, gaps = scope, [[leaf for leaf in gap if _inside(leaf.name, scope)] for gap in gaps]
-                break
-            wide = wide.rpartition(".")[0]
-        before = [leaf for leaf in free if leaf.start < starts[0] and _inside(leaf.name, wide)]
+        wide, gaps = _gaps([leaf for leaf in leaves if leaf.name not in taken], scope, group)
+        first = min(leaf.start for leaf in group[0].attention)
+        before = [leaf for leaf in leaves if leaf.start < first and leaf.name not in taken and _inside(leaf.name, wide)]
         leading = before[-1:] if before and before[-1].norm else []
         if leading:
             for gap, following in zip(gaps, group[1:], strict=False):
@@ -716,6 +703,28 @@ def _lend_following_mlp(blocks: list[_Block], leaves: list[Leaf]) -> None:
         for block, gap in zip(group, gaps, strict=True):
             block.rest += gap
         taken |= {leaf.name for block in group for leaf in block.rest}
+
+
+def _gaps(free: list[Leaf], scope: str, group: list[_Block]) -> tuple[str, list[list[Leaf]]]:
+    """The free leaves between one attention and the next, in the narrowest scope where linears are in every gap.
+
+    Where there is none, the free leaves in `scope`.
+    """
+    starts = [min(leaf.start for leaf in block.attention) for block in group[1:]]
+    ends = [max(leaf.start for leaf in block.attention) for block in group]
+
+    def within(scope: str) -> list[list[Leaf]]:
+        return [
+            [leaf for leaf in free if end < leaf.start < start and _inside(leaf.name, scope)]
+            for end, start in zip(ends, [*starts, float("inf")], strict=True)
+        ]
+
+    parts = scope.split(".")
+    for wide in [".".join(parts[:length]) for length in range(len(parts), -1, -1)] if starts else []:
+        gaps = within(wide)
+        if all(any(leaf.linear for leaf in gap) for gap in gaps[:-1]):
+            return wide, gaps
+    return scope, within(scope)
 
 
 def _assign_block_roles(block: _Block, index: int) -> None:

@@ -471,15 +471,19 @@ def _from_products(rows: torch.Tensor) -> torch.Tensor | None:
     four = rows.flatten(0, 1).transpose(0, 1)
     # (image, part of the features, four, features): products of short rows run at the speed of reading them
     parts = four.unflatten(-1, (-1, _short(four.shape[-1]))).transpose(1, 2)
-    products = (parts @ parts.mT).sum(dim=1)
-    norms = products.diagonal(dim1=-2, dim2=-1)
+    squares, margins = ((parts @ parts.mT).sum(dim=1).flatten(1) @ _squares()).chunk(2, dim=1)
+    return squares.sqrt().T.flatten() if bool((margins > 0).all()) else None
+
+
+@functools.lru_cache
+def _squares() -> torch.Tensor:
+    """(16, 8): makes of four images' products their squared distances, and how far these are above what is too close."""
+    sums, products = torch.zeros(2, 4, 4, 4, dtype=torch.float32, device="cpu")
     # source-target twice, source-source, target-target
-    a, b = [0, 1, 0, 2], [2, 3, 1, 3]
-    both = norms[:, a] + norms[:, b]
-    squares = both - 2 * products[:, a, b]
-    if not bool((squares > _CLOSE * both).all()):
-        return None
-    return squares.sqrt().T.flatten()
+    for kind, (a, b) in enumerate([(0, 2), (1, 3), (0, 1), (2, 3)]):
+        sums[a, a, kind] = sums[b, b, kind] = 1
+        products[a, b, kind] = 2
+    return torch.cat([sums - products, (1 - _CLOSE) * sums - products], dim=-1).flatten(0, 1)
 
 
 @functools.lru_cache
