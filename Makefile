@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 demo: $(VENV)/.ready
 	$(BIN)/python -m plastic_peft.demo
 
+# One thread for each of several processes: where threads share a core they wait for each other.
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .

@@ -169,10 +169,10 @@ def attention_bound(
         positions: Position terms come between queries and keys: a rotation R_ij makes `Q_h^T R_ij K_h` of `Q_h^T K_h`, whose norm
             is at most `||Q_h|| ||K_h||`. (What is added to the logits leaves the bound as it is.)
     """
-    q, k, v, o = (weight.detach().double() for weight in (q, k, v, o))
+    q, k, v, o = map(_double, (q, k, v, o))
     square = r**2
     if q_bias is not None and bool(q_bias.any()):
-        q = torch.cat([q, q_bias.detach().double()[:, None]], dim=1)
+        q = torch.cat([q, _double(q_bias)[:, None]], dim=1)
         square = r**2 + 1
     heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
     shared = torch.arange(heads, device=q.device) // (heads // kv_heads)
@@ -189,6 +189,11 @@ def attention_bound(
         a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
     v_norm, o_norm = _norms(v_h)[shared], _norms(o_h)
     return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * square**2 * a**2)).sum())
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    # Apple's GPUs have no float64
+    return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()
 
 
 def _norms(wide: torch.Tensor) -> torch.Tensor:

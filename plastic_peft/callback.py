@@ -6,15 +6,18 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .components import BLOCK_ROLES, unwrap
+from .components import BLOCK_ROLES, NotFiniteError, public_name, unwrap
 from .measure import measure_plasticity
 from .report import LABELS, PlasticityReport, Row, write_whole
 
@@ -31,17 +34,18 @@ class PlasticityCallback(TrainerCallback):
     """Measure plasticity on a fixed probe batch during training, with gradient norms, and save the curve with the run.
 
     The model stays as it is: training goes on exactly as without the callback. `plasticity_curve.json` in the output
-    folder holds for each step that was measured the plasticity of every component (`plasticity`), the norm of the
-    gradients of its trainable parameters (`gradient_norm`, after clipping; 0 where none is trained, `null` before the
-    first step), and whether it is adapted (`selected`); `plasticity_curve.png` draws the means over depth. A resumed run carries the curve on.
+    folder holds for each step that was measured the plasticity of every component (`plasticity`, `null` where a model that
+    diverged put out NaN or infinity), the norm of the gradients of its trainable parameters (`gradient_norm`, after clipping; 0
+    where none is trained, `null` before the first step and under DeepSpeed, which does not keep them), and whether it is adapted
+    (`selected`); `plasticity_curve.png` draws the means over depth. A resumed run carries the curve on.
 
     Cost: one measurement calls the model `1 + ceil(pairs / batch_size)` times without gradients, on every process: once with
     three images, to read its structure, then with the two images of each pair (in a batch of oddly many, one pair comes
     twice). Reading the structure also repeats one attention of each make: in a ViT of six blocks or more, less than two
-    further images' arithmetic. The distances take 4 % of the forward pass's arithmetic at 128 features, less in wider models.
-    So a probe of 64 images costs as much as the forward passes of about 70 images; every 100 steps of batch size 32, that is
-    2.2 % of the forward passes of training, whose backward passes come on top. The file says
-    how long each measurement took (`seconds`).
+    further images' arithmetic. The distances read every activation once. On a CPU all of it took 1.1 (ViT-B) to 1.5 (128
+    features) times as long as the probe's bare forward passes (docs/benchmarks.md); GPUs were not timed. With 64 images every 100
+    steps of batch size 32 that is up to 3 % of the forward passes of training, whose backward passes come on top. The file says how
+    long each measurement took (`seconds`).
 
     Args:
         probe: The images, as for the target of `measure_plasticity`: a tensor (n, channels, height, width) or a data
@@ -85,7 +89,10 @@ class PlasticityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         path = self._folder(args) / CURVE_NAME
-        if state.global_step > 0 and path.is_file():
+        if state.global_step == 0:
+            # a trainer can train again, and another model
+            self.curve, self._norms = {}, {}
+        elif path.is_file():
             self.curve = _until(json.loads(path.read_text(encoding="utf-8")), state.global_step)
         if not self.curve:
             self._measure(kwargs["model"], args, state)
@@ -93,7 +100,9 @@ class PlasticityCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (state.global_step + 1) % self.every == 0:
+        # DeepSpeed steps inside its backward pass, and has no gradients left by now
+        deepspeed = AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+        if (state.global_step + 1) % self.every == 0 and not deepspeed:
             modules = {key: entry["modules"] for key, entry in self.curve["components"].items()}
             self._norms = gradient_norms(kwargs["model"], modules)
 
@@ -142,17 +151,25 @@ class PlasticityCallback(TrainerCallback):
 
     def _measure(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         start = time.perf_counter()
-        report = measure_plasticity(
-            model,
-            self.probe,
-            self.source,
-            max_pairs=self.pairs,
-            tolerance=0,
-            batch_size=self.batch_size,
-            progress=False,
-            image_processor=self.image_processor,
-        )
-        rows = [row for row in report.select_rows("component") if row.block is not None]
+        measured: dict[str, float] = {}
+        try:
+            report = measure_plasticity(
+                model,
+                self.probe,
+                self.source,
+                max_pairs=self.pairs,
+                tolerance=0,
+                batch_size=self.batch_size,
+                progress=False,
+                image_processor=self.image_processor,
+            )
+            rows = [row for row in report.select_rows("component") if row.block is not None]
+            measured = {_key(row): row.mean for row in rows}
+        except NotFiniteError as error:
+            if not self.curve:
+                raise
+            # a run that diverges goes on as it would without the callback
+            warnings.warn(f"No plasticity at step {state.global_step}: {error}", UserWarning, stacklevel=2)
         if not self.curve:
             adapted = _adapted_names(model)
             self.curve = {"format": "plastic_peft.curve", "version": 1, "steps": [], "seconds": [], "components": {}}
@@ -163,10 +180,9 @@ class PlasticityCallback(TrainerCallback):
                 self.curve["components"][_key(row)] = {**head, "plasticity": [], "gradient_norm": []}
         self.curve["steps"].append(state.global_step)
         self.curve["seconds"].append(round(time.perf_counter() - start, 4))
-        for row in rows:
-            entry = self.curve["components"][_key(row)]
-            entry["plasticity"].append(row.mean)
-            entry["gradient_norm"].append(self._norms.get(_key(row)))
+        for key, entry in self.curve["components"].items():
+            entry["plasticity"].append(measured.get(key))
+            entry["gradient_norm"].append(self._norms.get(key))
         if state.is_world_process_zero:
             write_whole(self._folder(args) / CURVE_NAME, json.dumps(self.curve))
         if self.trainer is not None:
@@ -192,7 +208,7 @@ def gradient_norms(model: nn.Module, modules: Mapping[str, Sequence[str]]) -> di
         modules: Key of a group to the names of its modules in the base model.
     """
     squares = [
-        (name, parameter.grad.detach().float().square().sum())
+        (public_name(name), parameter.grad.detach().float().square().sum())
         for name, parameter in unwrap(model).named_parameters()
         if parameter.grad is not None
     ]
@@ -217,7 +233,7 @@ def _modules_of(report: PlasticityReport, component: Row) -> list[str]:
 
 def _adapted_names(model: nn.Module) -> list[str]:
     """Modules in which anything is trained."""
-    return [name.rpartition(".")[0] for name, p in unwrap(model).named_parameters() if p.requires_grad]
+    return [public_name(name).rpartition(".")[0] for name, p in unwrap(model).named_parameters() if p.requires_grad]
 
 
 def _mean_over_depth(curve: dict[str, Any], key: str, role: str, selected: bool) -> list[float] | None:

@@ -138,6 +138,11 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     layers = []
     while True:
         layers.append(inner)
+        if type(inner).__name__ == "FullyShardedDataParallel":
+            raise UnknownStructureError(
+                "FullyShardedDataParallel (FSDP 1) gathers weights for its own calls only: use FSDP 2 (fsdp_version: 2 in "
+                "accelerate's configuration), or measure before the model is sharded."
+            )
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
@@ -335,7 +340,9 @@ def per_image(tensor: torch.Tensor, dim: int, images: int) -> torch.Tensor:
 
 
 def _checksum(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)) ** 2
+    # Apple's GPUs have no float64
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype)) ** 2
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

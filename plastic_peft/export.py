@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .components import named_leaves
 from .hub import CONFIG_NAME, layout, plasticity_config, whole_folder, write_adapter
 from .report import write_whole
+from .tuner.saved import saved_whole
 from .tuner.settle import LoraMatch
 
 
@@ -50,6 +53,7 @@ def export_lora(peft_model: PeftModel, path: str | os.PathLike[str], adapter_nam
     ours = {field.name for field in fields(config)} - {field.name for field in fields(LoraConfig)}
     with whole_folder(path) as folder:
         write_adapter(peft_model, adapter_name, folder)
+        _cast_saved(folder / SAFETENSORS_WEIGHTS_NAME, base)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         facts = {name: value for name, value in facts.items() if name not in ours}
         facts.update(
@@ -97,6 +101,19 @@ def export_merged(peft_model: PeftModel, path: str | os.PathLike[str], adapter_n
         if processor is not None:
             processor.save_pretrained(folder)
     return Path(path)
+
+
+def _cast_saved(file: Path, base: nn.Module) -> None:
+    """Give modules saved whole the dtype that the model computes with: peft alone runs them in the file's."""
+    tensors = load_file(file)
+    originals = {
+        f"base_model.model.{name}.{part}": parameter.dtype
+        for name, wrapper in saved_whole(base)
+        for part, parameter in wrapper.original_module.named_parameters()
+    }
+    cast = {name: tensor.to(originals.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+    if any(cast[name].dtype != tensor.dtype for name, tensor in tensors.items()):
+        save_file(cast, file, metadata={"format": "pt"})
 
 
 def _targets(names: Iterable[str], base: nn.Module) -> list[str] | str:

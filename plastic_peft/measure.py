@@ -101,7 +101,7 @@ def measure_plasticity(
         max_pairs: Stop here at the latest.
         tolerance: Stop when the relative half-width of every row's interval is below this, 0 to never.
         confidence: Confidence of the intervals, valid whenever the measurement stops.
-        batch_size: Pairs per batch over all processes; one forward pass holds twice as many images.
+        batch_size: Pairs per batch over all processes, at least two; one forward pass holds twice as many images.
         accelerator: With it every process takes its share of each batch, and all return the same report; without it,
             each process measures all pairs.
         seed: Decides the order of pairs.
@@ -114,6 +114,8 @@ def measure_plasticity(
             out NaN or infinity; the message names the module and the batch.
     """
     _check_arguments(inputs, max_pairs, tolerance, confidence, batch_size, selection, source is not None)
+    # rates inside the source take two pairs at once
+    batch_size = max(2, batch_size)
     # loaders draw from the global random state
     with torch.random.fork_rng(devices=[]):
         core = unwrap(model)
@@ -394,19 +396,23 @@ class _Taps:
 
     def _distance(self, key: tuple[str, str], tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Distances of one tensor: n source-target, then n/2 source-source and n/2 target-target ones."""
+        # tensors of inference mode do not count their changes
+        version = 0 if tensor.is_inference() else tensor._version
         known = self.seen.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
         # (source or target, first or second half, image, features)
         rows = per_image(tensor.detach(), dim, self.images).unflatten(0, (2, 2, -1))
         distance = None
-        if rows.dtype == torch.float32 and rows.device.type == "cpu" and key not in self.close:
-            distance = _from_products(rows)
+        # autocast would take products in half precision
+        with torch.autocast(rows.device.type, enabled=False):
+            if rows.dtype == torch.float32 and rows.device.type == "cpu" and key not in self.close:
+                distance = _from_products(rows)
+                if distance is None:
+                    self.close.add(key)
             if distance is None:
-                self.close.add(key)
-        if distance is None:
-            distance = _from_differences(rows)
-        self.seen[id(tensor)] = (weakref.ref(tensor), tensor._version, distance)
+                distance = _from_differences(rows)
+        self.seen[id(tensor)] = (weakref.ref(tensor), version, distance)
         return distance
 
     def rates(self, batch: PairBatch) -> torch.Tensor:

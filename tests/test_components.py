@@ -316,6 +316,13 @@ def test_names_do_not_decide():
     assert heads == ["x4"]
 
 
+def test_weights_that_only_their_wrapper_gathers_are_refused():
+    """Without it FSDP 1 would run a model on a part of its weights, and blame the images."""
+    wrapped = type("FullyShardedDataParallel", (nn.Sequential,), {})(models.transformers_model("vit"))
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        find_components(wrapped)
+
+
 def test_fingerprint_ignores_head_and_weights_but_not_structure():
     """Without it a report could be refused after a change of labels, or taken for another architecture."""
     first = trace(models.transformers_model("vit")).fingerprint

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity
-from plastic_peft.components import BLOCK_ROLES, find_components
-from plastic_peft.measure import Moments, _from_differences, _from_products, _selection_is_settled
+from plastic_peft.components import BLOCK_ROLES, find_components, trace
+from plastic_peft.measure import Moments, _from_differences, _from_products, _plan_rows, _selection_is_settled, _Taps
 from plastic_peft.report import Row
 
 
@@ -552,6 +552,33 @@ def test_half_precision_and_autocast_keep_the_ranking(images):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = quick(model, targets, sources)
     assert ranking(cast) == ranking(wanted)
+
+
+def test_autocast_takes_no_distance_in_half_precision(tiny_vit):
+    """Without it float32 tensors inside autocast would have distances off by several per cent."""
+    structure = trace(tiny_vit)
+    taps = _Taps(tiny_vit, structure, _plan_rows(structure, "hidden"), "hidden")
+    taps.images = 8
+    tensor = 1 + 0.5 * torch.randn(8, 17, 32)
+    exact = taps._distance(("any", "in"), tensor, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(taps._distance(("any", "in"), tensor.clone(), 0), exact)
+
+
+def test_inference_mode_changes_nothing(tiny_vit, images):
+    """Without it a measurement inside torch.inference_mode would fail with a message about the images."""
+    sources, targets = images
+    with torch.inference_mode():
+        inside = rates(quick(tiny_vit, targets, sources), "module")
+    assert inside == rates(quick(tiny_vit, targets, sources), "module")
+
+
+def test_shift_is_measured_at_the_smallest_batch_too(tiny_vit, images):
+    """Without it batch_size=1, which saves memory, would lose the better signal without a word."""
+    sources, targets = images
+    one, many = (quick(tiny_vit, targets, sources, batch_size=size) for size in (1, 48))
+    for small, large in zip(one.select_rows("component"), many.select_rows("component"), strict=True):
+        assert small.shift == pytest.approx(large.shift, rel=0.2)
 
 
 def test_compiled_checkpointed_and_adapted_models_give_the_same(images):

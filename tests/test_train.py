@@ -21,6 +21,7 @@ from models import transformers_model
 from ranks import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState, ViTImageProcessor, pipeline
 
@@ -446,6 +447,26 @@ def test_a_measurement_costs_what_its_docstring_says(tmp_path, options, passes):
     assert sum(passes) <= images < 1.05 * sum(passes) + 2
 
 
+def test_a_second_training_starts_a_curve_of_its_own(tmp_path):
+    """A search over settings trains with one callback many times; its curves would run into each other."""
+    callback, control = PlasticityCallback(torch.randn(4, 3, 32, 32)), TrainerControl()
+    for labels in (3, 5):
+        callback.on_train_begin(run_options(tmp_path), TrainerState(), control, model=load_vit_nano(num_labels=labels))
+    assert callback.curve["steps"] == [0] and len(next(iter(callback.curve["components"].values()))["plasticity"]) == 1
+
+
+def test_the_curve_outlives_a_model_that_diverges(tmp_path):
+    """Training ends as it would without the callback, also where the weights have become NaN."""
+    callback, model = PlasticityCallback(torch.randn(4, 3, 32, 32), every=1), load_vit_nano()
+    callback.on_train_begin(run_options(tmp_path), TrainerState(), TrainerControl(), model=model)
+    model.vit.layers[2].mlp.fc1.weight.data.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="No plasticity at step 1"):
+        callback.on_step_end(run_options(tmp_path), TrainerState(global_step=1), TrainerControl(), model=model)
+    saved = json.loads((tmp_path / CURVE_NAME).read_text())
+    assert saved["steps"] == [0, 1] and all(e["plasticity"][1] is None for e in saved["components"].values())
+    callback.plot(tmp_path / "curve.png")
+
+
 def test_the_curve_reaches_tensorboard(base, tmp_path, monkeypatch):
     """People watch a tracker while a run lasts; a curve that is only in its own file comes too late."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -472,6 +493,9 @@ def test_gradient_norms_are_those_of_the_parameters(base):
     found = gradient_norms(model, {"a": ["vit.layers.1.mlp.fc1"], "none": ["vit.layers.1.mlp.fc"]})
     assert found["a"] == pytest.approx(float(expected), rel=1e-5)
     assert found["none"] == 0.0
+    # what wrappers of activation checkpointing put into names is not part of them
+    model.vit.layers[1] = checkpoint_wrapper(model.vit.layers[1])
+    assert gradient_norms(model, {"a": ["vit.layers.1.mlp.fc1"]})["a"] == found["a"]
     with pytest.raises(ValueError, match="every=0"):
         PlasticityCallback(torch.randn(4, 3, 32, 32), every=0)
 

@@ -340,5 +340,12 @@ def test_bad_configs_are_refused_and_leave_the_model_alone(report, make, message
 def test_a_report_of_another_architecture_is_refused(report):
     """Without it a report could be applied to a model that it does not describe."""
     other = models.transformers_model("dinov2")
+    part = replace(report, rows=tuple(row for row in report.rows if row.block != 1))
+    # the same architecture under another prefix
+    longer = nn.Module()
+    longer.inner, longer.config = models.transformers_model("vit"), models.transformers_model("vit").config
+    longer.forward = lambda pixel_values: longer.inner(pixel_values=pixel_values)
+    with pytest.raises(ValueError, match=r"too few to translate .*Measure this model"):
+        get_peft_model(longer, PlasticityConfig(plasticity=part, top_k=1))
     with pytest.raises(ValueError, match=r"describes another architecture .*vit\..*\.0\..* is not in this model"):
         get_peft_model(other, PlasticityConfig(plasticity=report, top_k=1))

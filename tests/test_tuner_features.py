@@ -506,7 +506,7 @@ def test_autocast_adapter_dtype(base, adapter):
     """Adapters of half-precision models would train in half precision, against the user's word."""
     for autocast, expected in ((True, torch.float32), (False, torch.bfloat16)):
         model = get_peft_model(copy.deepcopy(base).bfloat16(), chosen(adapter), autocast_adapter_dtype=autocast)
-        kinds = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+        kinds = {p.dtype for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n}
         assert kinds == {expected}
 
 
@@ -522,6 +522,35 @@ def test_half_precision(base, pixels, adapter):
         assert grads and all(grad is not None and grad.isfinite().all() for grad in grads)
         merged = logits(model.merge_and_unload(), pixels.to(dtype))
         assert torch.allclose(merged, output, atol=0.05)
+
+
+@feature("Heads and norms of bfloat16 models: trained in float32, merged and exported exactly")
+def test_saved_modules_train_in_float32(base, pixels, tmp_path, adapter):
+    """Steps of an optimizer vanish in bfloat16 near 1, where norms' scales lie: the budget would pay for nothing."""
+    half = copy.deepcopy(base).bfloat16()
+    model = get_peft_model(copy.deepcopy(half), chosen(adapter, modules_to_save=["layernorm", "classifier"]))
+    held = {n: p for n, p in model.named_parameters() if "modules_to_save" in n and p.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in held.items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(pixel_values=pixels.bfloat16()).logits.float().square().sum().backward()
+    optimizer.step()
+    assert any("norm" in name for name in held) and all((held[n] != before[n]).any() for n in held)
+
+    wanted = logits(model.eval(), pixels.bfloat16())
+    model.save_pretrained(tmp_path / "own")
+    again = PeftModel.from_pretrained(copy.deepcopy(half), tmp_path / "own").eval()
+    assert torch.equal(logits(again, pixels.bfloat16()), wanted)
+    assert all(torch.equal(p, held[n]) for n, p in again.named_parameters() if n in held)
+    if adapter == "lora":
+        export_lora(model, tmp_path / "plain")
+        plain = PeftModel.from_pretrained(copy.deepcopy(half), tmp_path / "plain").eval()
+        assert torch.equal(logits(plain, pixels.bfloat16()), wanted)
+        # which rounds LoRA's weights, and keeps the file's dtype for the others
+        plain = PeftModel.from_pretrained(copy.deepcopy(half), tmp_path / "plain", low_cpu_mem_usage=True).eval()
+        assert torch.allclose(logits(plain, pixels.bfloat16()), wanted, atol=0.05)
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert torch.allclose(logits(merged, pixels.bfloat16()), wanted, atol=0.05)
 
 
 @feature("`torch.autocast`")

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.func import functional_call
 
@@ -45,12 +46,14 @@ class FullLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PlasticityConfig) -> None:
         """Give `adapter_name` a copy of the base weights; `init_lora_weights=False` perturbs it, for tests."""
-        copies = {}
-        for name, weight in self._base_weights().items():
-            copy = self._originals.get(name, weight).detach().clone()
-            if config.init_lora_weights is False:
-                copy += 0.1 * torch.randn_like(copy)
-            copies[_key(name)] = nn.Parameter(copy)
+        copies, base = {}, self._base_weights()
+        # ZeRO-3 may have spread the weights as they were loaded
+        with gather_params_ctx(list(base.values()), modifier_rank=None):
+            for name, weight in base.items():
+                copy = self._originals.get(name, weight).detach().clone()
+                if config.init_lora_weights is False:
+                    copy += 0.1 * torch.randn_like(copy)
+                copies[_key(name)] = nn.Parameter(copy)
         self.lora_full[adapter_name] = nn.ParameterDict(copies)
         self.scaling[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..components import named_leaves, public_name
@@ -17,6 +17,7 @@ from ..embedded import portable_name
 from ..names import renamed_keys
 from .config import PlasticityConfig
 from .layer import FullLayer, trainable_names
+from .saved import SavedModule, cast_saved, combine, holders, put_in_place, saved_whole
 from .settle import exact_pattern, settle
 
 
@@ -57,8 +58,9 @@ class PlasticityModel(LoraModel):
             self._check_targets(config, model)
             selected = None if config.selected_modules is None else set(config.selected_modules)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for name in config._moved_to_save:
-            model.get_submodule(name).__class__ = MovedModule
+        for name, wrapper in saved_whole(model):
+            if name in config._moved_to_save:
+                SavedModule.of(wrapper).moved = True
         if selected is not None:
             # peft shortens long lists to common suffixes; what is saved stays exact
             config.target_modules = selected  # type: ignore[assignment]
@@ -123,36 +125,11 @@ class PlasticityModel(LoraModel):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for _, wrapper in self._wrappers():
-            # loading without initial values first leaves dtype and device of the file
-            like = next(wrapper.original_module.parameters(), None)
-            if like is not None and adapter_name in wrapper.modules_to_save:
-                held = wrapper.modules_to_save[adapter_name]
-                if like.is_floating_point() and not any(p.is_meta for p in [like, *held.parameters()]):
-                    held.to(device=like.device, dtype=like.dtype)
-
-    def _wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
-        """The modules that adapters save whole, such as the head and norms, by name."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                yield name, module
+        cast_saved(self.model, adapter_name, upcast=autocast_adapter_dtype)
 
     def _merged(self) -> list[str]:
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         return list(dict.fromkeys(name for layer in layers for name in getattr(layer, "merged_adapters", ())))
-
-    def _holders(self, adapters: Iterable[str]) -> list[tuple[ModulesToSaveWrapper, list[str]]]:
-        """Which one of the adapters has its copy of each module saved whole; there can be one at most."""
-        found = []
-        for name, wrapper in self._wrappers():
-            holders = [adapter for adapter in dict.fromkeys(adapters) if adapter in wrapper.modules_to_save]
-            if len(holders) > 1:
-                raise ValueError(
-                    f"{' and '.join(holders)} each have {public_name(name)} of their own, trained whole, and only one of them "
-                    "can take its place: merge one of these adapters."
-                )
-            found.append((wrapper, holders))
-        return found
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """As for LoRA; modules saved whole, such as the head and norms, become those of the merged adapters.
@@ -161,14 +138,14 @@ class PlasticityModel(LoraModel):
             ValueError: If two of the adapters have the same module saved whole.
         """
         self._check_merge_allowed()
-        holders = self._holders([*self._merged(), *(adapter_names or self.active_adapters)])
+        saved = holders(self.model, [*self._merged(), *(adapter_names or self.active_adapters)])
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        _put_in_place(holders)
+        put_in_place(saved)
 
     def unmerge_adapter(self) -> None:
         """As for LoRA; modules saved whole become again those of the active adapters."""
         super().unmerge_adapter()
-        _put_in_place(self._holders(self.active_adapters))
+        put_in_place(holders(self.model, self.active_adapters))
 
     def _unmerge_what_is_not_active(self) -> None:
         merged = self._merged()
@@ -194,11 +171,11 @@ class PlasticityModel(LoraModel):
         # peft would keep the active adapter's copies, whichever adapter is merged, and if none is
         if merge:
             self._check_merge_allowed()
-            _put_in_place(self._holders([*self._merged(), *(adapter_names or self.active_adapters)]))
+            put_in_place(holders(self.model, [*self._merged(), *(adapter_names or self.active_adapters)]))
         else:
             if self._merged():
                 self.unmerge_adapter()
-            _put_in_place([(wrapper, []) for _, wrapper in self._wrappers()])
+            put_in_place(holders(self.model, []))
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -242,7 +219,7 @@ class PlasticityModel(LoraModel):
         keys = renamed_keys(state_dict, base, getattr(config, "_names_in_file", None))
         state_dict = {keys[key]: tensor for key, tensor in state_dict.items()}
         for name, module in model.named_modules():
-            if isinstance(module, MovedModule):
+            if isinstance(module, SavedModule) and module.moved:
                 for key, place in module.adapter_state_dict_load_map(adapter_name).items():
                     if f"{name}.{key}" not in state_dict:
                         raise ValueError(f"modules_to_save names {name}, and the adapter's file has no {key} for it.")
@@ -312,18 +289,10 @@ class PlasticityModel(LoraModel):
             first.selected_modules, first.modules_to_save = held
         self._finish_weighted(adapters, weights, adapter_name)
 
-    @torch.no_grad()
     def _finish_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Combine what is saved whole, and state the ranks that the combination has, which peft leaves out."""
         config: Any = self.peft_config[adapter_name]
-        for _, wrapper in self._wrappers():
-            parts = wrapper.modules_to_save
-            if adapter_name in parts:
-                # peft has refused adapters that have the same module of their own
-                for adapter, weight in zip(adapters, weights, strict=True):
-                    for name, original in wrapper.original_module.named_parameters() if adapter in parts else ():
-                        change = parts[adapter].get_parameter(name) - original
-                        parts[adapter_name].get_parameter(name).copy_(original + weight * change)
+        combine(self.model, adapters, weights, adapter_name)
         ranks, alphas = {}, {}
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer) and adapter_name in module.r:
@@ -352,33 +321,6 @@ class PlasticityModel(LoraModel):
         )
         # peft's conversion drops what is saved whole, such as the head
         return {**{key: weight for key, weight in weights.items() if f".{cls.prefix}" not in key}, **converted}
-
-
-def _put_in_place(holders: Iterable[tuple[ModulesToSaveWrapper, list[str]]]) -> None:
-    """Have each module saved whole be its holder's copy, or the original; gradient flags stay as they are."""
-    for wrapper, adapters in holders:
-        flags = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
-        wrapper.set_adapter(adapters)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-class MovedModule(ModulesToSaveWrapper):
-    """A module saved whole that an adapter's file may hold under another release's name.
-
-    PEFT looks for its weights under this release's name, before the tuner can rename what the file holds; so it comes upon
-    none, and `PlasticityModel._remap_adapter_state_dict_for_load` puts them in their place.
-    """
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        return _NotIterated(super().adapter_state_dict_load_map(adapter_name))
-
-
-class _NotIterated(dict[str, str]):
-    """A mapping whose keys PEFT's loading does not come upon; its items, which transformers' loading reads, are there."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
 
 
 @contextmanager

@@ -283,17 +283,21 @@ def _fitted(
     if odd is None:
         return report, None
     structure = trace(model)
+    what = "is not in this model" if odd.name not in modules else f"has another shape than {odd.shape} in this model"
+    near = nearest(odd.name, modules) if odd.name not in modules else ""
+    remedy = f"{odd.name} {what}.{near} Measure this model, or pass the report that belongs to it."
     if structure.fingerprint != report.fingerprint:
-        what = (
-            "is not in this model" if odd.name not in modules else f"has another shape than {odd.shape} in this model"
-        )
         raise ValueError(
             f"The report describes another architecture ({report.base_model}, fingerprint {report.fingerprint}; this model has "
-            f"{structure.fingerprint}): {odd.name} {what}.{nearest(odd.name, modules) if odd.name not in modules else ''} "
-            "Measure this model, or pass the report that belongs to it."
+            f"{structure.fingerprint}): {remedy}"
         )
     # equal fingerprints mean equal roles, blocks and shapes in equal order, so places translate names
     here = [leaf for component in structure.components if component.role in BLOCK_ROLES for leaf in component.modules]
+    if len(here) != len(rows):
+        raise ValueError(
+            f"The report has rows for {len(rows)} of the {len(here)} modules in blocks, too few to translate its names into this "
+            f"model's: {remedy}"
+        )
     names = dict(zip((row.name for row in rows), here, strict=True))
     parts = dict(
         zip(
