@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, ge
 
 from plastic_peft import PlasticityReport, load_vit_nano, measure_plasticity, vit_nano_source_images
 from plastic_peft.data import as_rgb, load_images
-from plastic_peft.images import accept_image_size
+from plastic_peft.processors import accept_image_size
 
 
 VALIDATION = 500

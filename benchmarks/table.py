@@ -43,7 +43,7 @@ def overhead(data: dict[str, Any]) -> str:
         "Time of a whole call, tracing of the structure included (once, however many pairs), over bare forward passes of the same images (median of "
         "rounds, quartiles), and peak memory of tensors over theirs. `reference` is the paper's protocol, every activation "
         "copied to the host, for five components of a block; ours give a row to every linear as well. The distances read every "
-        "activation once: some 18 numbers per token, block and feature, beside 24 d multiplications at width d and the attention's. So "
+        "activation once: some 18 numbers per token, block and feature, beside 12 d multiplications at width d and the attention's. So "
         "their share falls with the width, and on narrow models it is memory that sets it.\n\n"
     )
     return text + markdown(rows)

@@ -22,7 +22,7 @@ import pyarrow.compute
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .images import output_size
+from .processors import output_size
 
 
 logger = logging.getLogger(__name__)

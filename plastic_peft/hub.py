@@ -30,8 +30,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .card import model_card
 from .components import BLOCK_ROLES, named_leaves
 from .embedded import VIT_NANO, call_by_name, located
-from .images import accept_image_size, output_size
 from .names import renamed_keys
+from .processors import accept_image_size, output_size
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
 from .tuner.settle import adopt_names, exact_pattern, fits, in_names_of

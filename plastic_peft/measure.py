@@ -42,16 +42,9 @@ from .components import (
     trace,
     unwrap,
 )
-from .images import (
-    PairBatch,
-    Processor,
-    find_processor,
-    first_pair,
-    model_inputs,
-    most_pairs,
-    pair_batches,
-    repetition_notes,
-)
+from .images import model_inputs
+from .pairs import PairBatch, first_pair, most_pairs, pair_batches, repetition_notes
+from .processors import Processor, find_processor
 from .report import SIGNALS, PlasticityReport, Row, candidates
 from .selection import check_options, select
 
@@ -93,7 +86,7 @@ def measure_plasticity(
         model: The model, before or after `accelerator.prepare`. It is left as it was, also after an error.
         target: Downstream images: a `datasets.Dataset` (an image column, or ready `pixel_values`), a `DataLoader` (before or
             after `accelerator.prepare`), a list or iterable of images or batches, or one tensor (n, channels, height,
-            width). What cannot be read by index is shuffled in a buffer; see `plastic_peft.images.pair_batches`.
+            width). What cannot be read by index is shuffled in a buffer; see `plastic_peft.pairs.pair_batches`.
         source: Images like the pretraining data, in any of these forms. Without it pairs are drawn inside the target,
             and the report has no `shift`.
         inputs: `"hidden"`: every component on the inputs that it really receives. `"embedding"`: every component of every

@@ -54,9 +54,9 @@ from .components import unwrap
 from .data import class_counts, collate, load_unlabelled, resize_to, transform_of, with_pixels
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
 from .faults import explained
-from .images import accept_image_size
 from .measure import measure_plasticity
 from .metrics import load_metric
+from .processors import accept_image_size
 from .report import PlasticityReport, write_whole
 from .run_folder import (
     RESULTS_NAME,

@@ -28,8 +28,8 @@ from plastic_peft.data import (
     transform_of,
     with_pixels,
 )
-from plastic_peft.images import accept_image_size
 from plastic_peft.metrics import load_metric
+from plastic_peft.processors import accept_image_size
 
 
 pytestmark = pytest.mark.versions

@@ -129,7 +129,7 @@ def test_vit_nano_is_what_its_card_says():
 
     from plastic_peft import load_vit_nano, vit_nano_source_images
     from plastic_peft.embedded import VIT_NANO
-    from plastic_peft.images import find_processor
+    from plastic_peft.processors import find_processor
 
     model = load_vit_nano().eval()
     assert sum(p.numel() for p in model.parameters()) == 1_205_898

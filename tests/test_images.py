@@ -13,16 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 from plastic_peft import images as module
 from plastic_peft import measure_plasticity
-from plastic_peft.images import (
-    Stream,
-    as_images,
-    find_processor,
-    first_pair,
-    model_inputs,
-    most_pairs,
-    pair_batches,
-    repetition_notes,
-)
+from plastic_peft.images import Stream, as_images, model_inputs
+from plastic_peft.pairs import first_pair, most_pairs, pair_batches, repetition_notes
+from plastic_peft.processors import find_processor
 
 
 SIZE = {"height": 32, "width": 32}
@@ -235,7 +228,7 @@ def test_packed_weights_are_no_type_for_pixels(bits):
 
 @pytest.fixture
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(module, "_BUFFER_IMAGES", 9)
+    monkeypatch.setattr(module, "BUFFER_IMAGES", 9)
     return 10
 
 
@@ -290,7 +283,7 @@ def test_a_buffer_keeps_no_batch_in_memory():
 
 def test_a_buffer_of_large_images_is_short(monkeypatch):
     """Without it a thousand photographs in full resolution would be kept in memory."""
-    monkeypatch.setattr(module, "_BUFFER_BYTES", 10 * 2 * 2 * 3)
+    monkeypatch.setattr(module, "BUFFER_BYTES", 10 * 2 * 2 * 3)
     stream = as_images((Image.new("RGB", (2, 2)) for _ in range(100)), None, "target")
     assert not stream.ends_in_buffer() and len(stream.buffer) == 11
 

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from plastic_peft import PlasticityConfig, load_vit_nano, measure_plasticity, vit_nano_source_images
 from plastic_peft.data import load_images
-from plastic_peft.images import find_processor
+from plastic_peft.processors import find_processor
 
 
 pytestmark = pytest.mark.versions

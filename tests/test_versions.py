@@ -24,7 +24,7 @@ from plastic_peft import (
 )
 from plastic_peft.components import BLOCK_ROLES, trace
 from plastic_peft.data import load_images
-from plastic_peft.images import find_processor
+from plastic_peft.processors import find_processor
 
 
 DATA = Path(__file__).parent / "data"
