@@ -33,6 +33,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 50,
     "remove_unused_columns": False,
     "report_to": "none",
+    # early stopping goes on counting where a run resumes
+    "restore_callback_states_from_checkpoint": True,
     # all that is trained takes part in every pass, and looking for what does not costs time
     "ddp_find_unused_parameters": False,
     # without it, several processes on a machine without GPUs do not know of each other

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .components import (
@@ -217,6 +218,8 @@ def _weight_bound(modules: list[nn.Module]) -> float | None:
 
 def _weight(module: nn.Module) -> torch.Tensor | None:
     """The weight that a module computes with, whole and with its adapters; `None` where it is quantised or cannot be told."""
+    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters and module.active_adapters:
+        module = module.modules_to_save[module.active_adapters[0]]
     weight = base_weight(module)
     if weight is None or not weight.is_floating_point():
         return None

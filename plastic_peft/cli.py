@@ -209,7 +209,10 @@ def measure(argv: Sequence[str], about: _About) -> str:
     images = arguments.at_most(image_args.max_train_samples, images, image_args.split_seed)
     model, processor = train.load_model(model_args)
     model.to(state.device)
-    report = train.measure(model, images, processor, measurement, source=image_args.source_name, state=state)
+    reading = {"corrupt": image_args.corrupt_images, **model_args.download_options()}
+    report = train.measure(
+        model, images, processor, measurement, source=image_args.source_name, reading=reading, state=state
+    )
     if not state.is_main_process:
         return ""
     path = report.save(output.output)

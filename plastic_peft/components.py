@@ -80,6 +80,7 @@ class Leaf:
 class Structure:
     """A traced model: its components and leaves by name, in execution order, and where images lie in each tensor.
 
+    `labels` is the width of the logits, 0 where they are not one row per image, and `None` where there are none.
     `unread` names modules with weights whose tensors hold no whole images, such as experts that get some tokens of each.
     """
 
@@ -444,15 +445,16 @@ class _Tracer:
         linear = not conv and not light and tokenwise and weight is not None
         single = light and bool(parameters) and [id(value) for value in (*args, *kwargs.values())] == [id(x)]
         norm = single and self._does_not_scale(module, x, next(iter(kwargs), None))
+        opaque = not (linear or norm or conv or light)
         leaf = Leaf(
             name=name,
             kind=self.kinds[name],
             parameters=sum(parameter_count(p) for p in parameters),
-            shape=_weight_shape("linear" if linear else "other", weight, x, y),
+            shape=_weight_shape("linear" if linear else "other", _fused_weight(module) if opaque else weight, x, y),
             linear=linear,
             norm=norm,
             conv=conv,
-            opaque=not (linear or norm or conv or light),
+            opaque=opaque,
             start=start,
             in_width=x.shape[-1],
             out_width=y.shape[-1],
@@ -544,6 +546,9 @@ class _Tracer:
         # the output projection is the first linear that receives what was mixed; a query, which reaches its own token
         # only, receives nothing mixed and moves what the output projection receives, or the output where there is none
         downstream = noise_on(self.leaves[feeding[0]], linears)[1]
+        if downstream & set(feeding):
+            # what feeds one attention does not follow on itself: tokens met where no module shows it
+            return [], None
         output = next((leaf for leaf in linears if leaf.name in downstream), None)
         for leaf in linears:
             if leaf.name in feeding or leaf.name in downstream:
@@ -590,6 +595,12 @@ def base_weight(module: nn.Module) -> torch.Tensor | None:
     module = getattr(module, "original_module", module)
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _fused_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a module that adapters take as a whole: of `nn.MultiheadAttention`, the queries', keys' and values'."""
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base_weight(module)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:
@@ -879,7 +890,7 @@ def _component(
 
 
 def _label_count(model: nn.Module, output: Any, flat: Iterable[torch.Tensor]) -> int | None:
-    """Width of the model's logits; `None` for a model that returns features. `flat` is what linears put out per image."""
+    """Width of the model's logits, 0 where they are not one row per image; `None` for a model that returns features. `flat` is what linears put out per image."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None and not hasattr(output, "to_tuple"):
         given = list(_tensors(output))
@@ -887,7 +898,9 @@ def _label_count(model: nn.Module, output: Any, flat: Iterable[torch.Tensor]) ->
         logits = next((tensor for tensor in reversed(given) if any(tensor is other for other in flat)), None)
         if logits is None and not hasattr(model, "config"):
             logits = first_tensor(output)
-    return int(logits.shape[-1]) if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
+    if not isinstance(logits, torch.Tensor):
+        return None
+    return int(logits.shape[-1]) if logits.ndim == 2 else 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,9 @@ split, which decodes, augments and preprocesses when rows are read, in workers t
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import os
 import zlib
@@ -22,6 +24,7 @@ import pyarrow.compute
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .images import as_rgb
 from .processors import output_size
 
 
@@ -199,6 +202,16 @@ def image_names(data: datasets.Dataset, image_column: str = "image") -> list[str
     for batch in images.iter(1000):
         paths += pyarrow.compute.struct_field(batch.column(0), "path").to_pylist()
     return [path or f"row {index}" for index, path in enumerate(paths)]
+
+
+def digests(splits: Mapping[str, datasets.Dataset]) -> dict[str, str]:
+    """How many images each split has, and a digest of their file names and labels; nothing is decoded."""
+    found = {}
+    for split, data in splits.items():
+        names = [os.path.basename(name) for name in image_names(data)]
+        content = json.dumps([names, data.with_format(None)["label"][:]])
+        found[split] = f"{len(data)} images, {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return found
 
 
 def class_counts(data: datasets.Dataset) -> dict[str, int]:
@@ -484,42 +497,6 @@ def _check_classes(train: datasets.Dataset) -> None:
 
 
 # --- images ------------------------------------------------------------------------------------------------------------
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Bring any PIL image to upright 8-bit RGB.
-
-    Integers of more than 8 bits (modes `I;16` and `I`) are scaled from 0..65535 and floats (mode `F`) from 0..1,
-    whatever values an image has: scaled by its own, dark and bright images would look alike. Transparent pixels show
-    white.
-
-    Raises:
-        ValueError: If such integers or floats lie outside their range.
-    """
-    name = getattr(image, "filename", "") or "An image"
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        try:
-            return _deep_as_rgb(image)
-        except ValueError as error:
-            raise ValueError(
-                f"{name} cannot be converted to 8 bits ({error}): scale its values to that range, or save it with 8 "
-                "bits."
-            ) from error
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_as_rgb(image: Image.Image) -> Image.Image:
-    values, white = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
-    # not-a-number is outside too
-    if not ((values >= 0) & (values <= white)).all():
-        found = f"{values.min():g} to {values.max():g}"
-        raise ValueError(f"values from {found}, where mode {image.mode} goes from 0 to {white}")
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 def open_image(value: Any) -> Image.Image:

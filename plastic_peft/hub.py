@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class AutoPlasticModelForImageClassification:
             is_trainable: Load it for further training; by default it is frozen.
             revision, subfolder: Where in the adapter's repository to look; `subfolder` also applies to folders.
             token, cache_dir, local_files_only: As in `huggingface_hub`, for adapter and base model.
-            **model_kwargs: For `AutoModelForImageClassification.from_pretrained`: `dtype`, `device_map`, ...
+            **model_kwargs: For `AutoModelForImageClassification.from_pretrained`: `dtype` (float32 by default, as in training,
+                whatever the file holds), `device_map`, ...
 
         Returns:
             The `PeftModel`; its `image_processor` attribute is the adapter's own, else the base model's, else `None`.
@@ -119,7 +121,7 @@ class AutoPlasticModelForImageClassification:
             config.report = _fitting(saved_report, base, recorded)
         if not is_trainable:
             model.eval()
-        model.image_processor = _image_processor(folder, source, hub)  # type: ignore[assignment]
+        model.image_processor = _image_processor(folder, source, _of_base(config, base_model is None, source, hub))  # type: ignore[assignment]
         # an adapter that was trained at another image size says so by its processor
         with suppress(ValueError):
             accept_image_size(base, output_size(model.image_processor)[0])
@@ -222,7 +224,8 @@ def push(
     """
     config = plasticity_config(peft_model, adapter_name)
     base = str(config.base_model_name_or_path or getattr(peft_model.get_base_model(), "name_or_path", ""))
-    if base != str(VIT_NANO) and (not _is_repo_id(base) or Path(base).is_dir()):
+    local = base != str(VIT_NANO) and (not _is_repo_id(base) or Path(base).is_dir())
+    if local:
         warnings.warn(
             f"The base model {base!r} is not on the Hub, so that others have to pass base_model= to load {repo_id}.",
             stacklevel=2,
@@ -243,7 +246,26 @@ def push(
             used = report if report is not None else config.report
             card = model_card(peft_model, used, adapter_name=adapter_name, repo_id=repo_id)
             write_whole(Path(folder) / "README.md", str(card))
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision)
+        if local:
+            _leave_out_paths(Path(folder))
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            # what an earlier push has left and this one does not write
+            delete_patterns=[REPORT_NAME, PICTURE_NAME, PROCESSOR_NAME],
+        )
+
+
+def _leave_out_paths(folder: Path) -> None:
+    """A folder of the one who pushes is nobody else's concern, and may be the name of somebody else's repository."""
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    write_whole(folder / CONFIG_NAME, json.dumps(config, indent=2))
+    if (folder / REPORT_NAME).is_file():
+        report = PlasticityReport.load(folder)
+        replace(report, base_model=Path(report.base_model).name).save(folder)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------------
@@ -318,12 +340,12 @@ def _load_base(
     source: str, config: PlasticityConfig, named_by_adapter: bool, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Any, set[str]]:
     """The base model with the adapter's head size and labels, and its weights that its files did not hold."""
-    hub = {**hub, "revision": config.revision if named_by_adapter and not Path(source).is_dir() else None}
+    hub = _of_base(config, named_by_adapter, source, hub)
     if find_adapter_config_file(source, **hub) is not None:
         raise ValueError(f"The base model {source} is itself an adapter: pass the model that it adapts as base_model=.")
-    if source == str(VIT_NANO):
-        # half precision keeps its file small, and is not what adapters for it are trained on
-        kwargs.setdefault("dtype", torch.float32)
+    if not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
+        # files may be in half precision to be small, which is not what adapters are trained on
+        kwargs["dtype"] = torch.float32
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **kwargs, "output_loading_info": True}
     if config.labels is not None:
         kwargs |= {
@@ -342,6 +364,11 @@ def _load_base(
     # transformers 5 gives mismatched keys with their shapes
     mismatched = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
     return base, {*info["missing_keys"], *mismatched} & {name for name, _ in base.named_parameters()}
+
+
+def _of_base(config: PlasticityConfig, named_by_adapter: bool, source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """How to read the base model from the Hub: at the revision that the adapter names, if it names the model."""
+    return {**hub, "revision": config.revision if named_by_adapter and not Path(source).is_dir() else None}
 
 
 def _relabel(base: Any, labels: list[str] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderAdapter, IterableDatasetShard
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
@@ -387,6 +388,44 @@ def _as_picture(image: Any, what: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Bring any PIL image to upright 8-bit RGB.
+
+    Integers of more than 8 bits (modes `I;16` and `I`) are scaled from 0..65535 and floats (mode `F`) from 0..1,
+    whatever values an image has: scaled by its own, dark and bright images would look alike. Transparent pixels show
+    white.
+
+    Raises:
+        ValueError: If such integers or floats lie outside their range.
+    """
+    name = getattr(image, "filename", "") or "An image"
+    # which PIL refuses in nearly any way where it is broken, though the image is whole
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        try:
+            return _deep_as_rgb(image)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot be converted to 8 bits ({error}): scale its values to that range, or save it with 8 "
+                "bits."
+            ) from error
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_as_rgb(image: Image.Image) -> Image.Image:
+    values, white = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+    # not-a-number is outside too
+    if not ((values >= 0) & (values <= white)).all():
+        found = f"{values.min():g} to {values.max():g}"
+        raise ValueError(f"values from {found}, where mode {image.mode} goes from 0 to {white}")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+
+
 def _processed(picture: Image.Image, processor: Processor | None, what: str) -> Batch:
     channels = 3
     if isinstance(processor, ModelProcessor):
@@ -396,10 +435,10 @@ def _processed(picture: Image.Image, processor: Processor | None, what: str) -> 
             f"{what} holds raw images, and the model names no saved image processor: pass image_processor=..., or "
             "ready pixel_values (scaled and normalised floats)."
         )
-    image: Any = picture.convert(_MODES.get(channels, "RGB"))
+    image: Any = picture.convert("RGBA") if channels == 4 else as_rgb(picture)
     if channels == 1:
         # not every processor finds the channels of an image that has no dimension for them
-        image = np.asarray(image)[..., None]
+        image = np.asarray(image.convert("L"))[..., None]
     processed = processor(images=[image], return_tensors="pt")
     return {key: tensor[0] for key, tensor in processed.items() if isinstance(tensor, torch.Tensor)}
 

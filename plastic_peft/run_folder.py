@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .faults import unwritable
 from .hub import SAVING
@@ -25,7 +25,9 @@ RUN_NAME = "plasticity_run.json"
 SELECTION_NAME = "plasticity_selection.json"
 RESULTS_NAME = "results.json"
 WHOLE_NAME = "whole.json"
+TRAINED_NAME = "trained.json"
 LOCK_NAME = ".lock"
+_IMAGES = "images"
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def open_run(folder: Path, noted: Mapping[str, Any], report: str | None = None, 
     own = folder / REPORT_NAME
     given_own = report is not None and own.resolve() in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
     if start_over:
-        for name in (RUN_NAME, SELECTION_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
+        for name in (RUN_NAME, SELECTION_NAME, TRAINED_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
             (folder / name).unlink(missing_ok=True)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -103,6 +105,24 @@ def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
             f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
             "output_dir, or remove it with start_over (--start_over)."
         )
+
+
+def note_images(folder: Path, images: Mapping[str, str]) -> None:
+    """Note which images the run in the folder is trained and tested on, or check that they are the same as before.
+
+    Raises:
+        ValueError: If they are others: those trained on before could be among those that are tested on now.
+    """
+    note = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+    before = note.get(_IMAGES, images)
+    if before != images:
+        changed = [f"{split}: {before.get(split)} -> {images.get(split)}" for split in {**before, **images}]
+        raise ValueError(
+            f"{folder} holds a run on other images ({'; '.join(changed)}): bring back those that it began with, choose another "
+            "output_dir, or remove it with start_over (--start_over)."
+        )
+    if _IMAGES not in note:
+        write_whole(folder / RUN_NAME, json.dumps({**note, _IMAGES: images}, indent=1))
 
 
 def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
@@ -154,6 +174,47 @@ class WholeCheckpoints(TrainerCallback):
             write_whole(folder / WHOLE_NAME, json.dumps(_sizes(folder)))
 
 
+def train_once(trainer: Trainer, folder: Path) -> None:
+    """Train, from the last whole checkpoint if there is one; where training has ended before, load what it ended with.
+
+    A trainer that resumes at its end may take one more step, and early stopping would start to wait anew.
+    """
+    note = folder / TRAINED_NAME
+    ended = folder / json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if ended is not None and _is_whole(ended):
+        logger.info("Training has ended before: loading %s.", ended)
+        trainer.callback_handler.callbacks.insert(0, _OnlyLoad())
+        with contextlib.suppress(_Loaded):
+            trainer.train(resume_from_checkpoint=str(ended))
+        trainer.is_in_train = False
+        return
+    last = last_whole_checkpoint(folder)
+    checkpoint = trainer.args.resume_from_checkpoint or (str(last) if last else None)
+    if checkpoint:
+        logger.info("Resuming from %s.", checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    final = folder / (Path(best).name if best else f"checkpoint-{state.global_step}")
+    if trainer.is_world_process_zero() and _is_whole(final):
+        write_whole(note, json.dumps(final.name))
+
+
+class _Loaded(Exception):
+    """The trainer has loaded its checkpoint."""
+
+
+class _OnlyLoad(TrainerCallback):
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        raise _Loaded
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads((folder / WHOLE_NAME).read_text()) == _sizes(folder))
+    return False
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != WHOLE_NAME)
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
@@ -164,7 +225,6 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
-        with contextlib.suppress(OSError, ValueError):
-            if number.isdigit() and json.loads((folder / WHOLE_NAME).read_text()) == _sizes(folder):
-                found[int(number)] = folder
+        if number.isdigit() and _is_whole(folder):
+            found[int(number)] = folder
     return found[max(found)] if found else None

@@ -19,8 +19,9 @@ from transformers import TrainingArguments
 
 from .arguments import DataArguments, ModelArguments, PlasticityArguments
 from .components import BLOCK_ROLES
+from .data import digests
 from .report import REPORT_NAME, PlasticityReport, write_whole
-from .run_folder import RESULTS_NAME, RUN_NAME, check_note, given_report, open_run, report_of_run, reserved
+from .run_folder import RESULTS_NAME, RUN_NAME, check_note, given_report, note_images, open_run, report_of_run, reserved
 from .selection import ORDERS, Candidate
 from .train import check_training, load_model, measure_run, run_note, train
 from .tuner.settle import LoraMatch
@@ -167,13 +168,14 @@ def _report(
                 (folder / COMPARISON_NAME).unlink(missing_ok=True)
             open_run(folder, noted, plasticity_args.report, start_over=start_over)
         given = given_report(folder, plasticity_args.report)
+        data = data_args.load(**model_args.download_options())
+        if main:
+            note_images(folder, digests(data))
 
     def measured() -> PlasticityReport:
-        with training_args.main_process_first(local=False):
-            data = data_args.load(**model_args.download_options())
         model, processor = load_model(model_args, data["train"].features["label"].names)
         model.to(training_args.device)
-        return measure_run(model, data["train"], processor, plasticity_args, data_args.source_name, training_args)
+        return measure_run(model, data["train"], processor, plasticity_args, data_args, model_args, training_args)
 
     return report_of_run(folder, given, measured, main)
 

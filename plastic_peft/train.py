@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from .arguments import (
 )
 from .card import model_card
 from .components import unwrap
-from .data import class_counts, collate, load_unlabelled, resize_to, transform_of, with_pixels
+from .data import class_counts, collate, digests, load_unlabelled, resize_to, transform_of, with_pixels
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
 from .faults import explained
 from .measure import measure_plasticity
@@ -64,15 +64,24 @@ from .run_folder import (
     WholeCheckpoints,
     given_report,
     last_whole_checkpoint,
+    note_images,
     open_run,
     report_of_run,
     reserved,
+    train_once,
 )
 
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("loss", "accuracy", "top5_accuracy", "macro_f1")
+# what would break the promise that a run resumes with the same result
+_BREAKS_RUNS = {
+    "save_only_model": "a run resumes with the optimizer and the random state of its checkpoint",
+    "enable_jit_checkpoint": "a run that it ends early looks like a finished one; the last whole checkpoint is resumed from anyhow",
+    "bf16_full_eval": "it rounds the adapter before it is saved; bf16 evaluates in bfloat16 and keeps the weights",
+    "fp16_full_eval": "it rounds the adapter before it is saved; fp16 evaluates in float16 and keeps the weights",
+}
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------
@@ -155,6 +164,7 @@ def measure(
     arguments: MeasurementArguments,
     *,
     source: str | None = None,
+    reading: Mapping[str, Any] | None = None,
     state: Any = None,
     progress: bool = True,
 ) -> PlasticityReport:
@@ -164,11 +174,16 @@ def measure(
 
     Args:
         source: Name of source images, as for `plastic_peft.data.load_unlabelled`, or `"vit_nano"` for those of vit_nano.
+        reading: How to read the source images: `corrupt`, `token` and `cache_dir` of `plastic_peft.data.load_unlabelled`.
         state: `accelerate.PartialState` or `Accelerator`, to share the pairs among processes.
     """
     sources = None
     if source is not None:
-        raw = vit_nano_source_images() if source == VIT_NANO.name else load_unlabelled(source, split="train")
+        with state.main_process_first() if state is not None else contextlib.nullcontext():
+            if source == VIT_NANO.name:
+                raw = vit_nano_source_images()
+            else:
+                raw = load_unlabelled(source, split="train", **(reading or {}))
         sources = with_pixels(raw, processor)
     report = measure_plasticity(
         model,
@@ -232,12 +247,13 @@ def predicted_logits(model: Any, images: datasets.Dataset, batch_size: int = 32)
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if model.image_processor is None:
         raise ValueError("Neither the adapter nor its base model has an image processor: set model.image_processor.")
-    device = next(model.parameters()).device
+    # adapters are float32 in models of half precision too
+    device, dtype = next(model.parameters()).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
     pixels = with_pixels(images.select_columns(["image"]), model.image_processor)
     for start in range(0, len(images), batch_size):
         batch = collate([pixels[index] for index in range(start, min(start + batch_size, len(images)))])
         with torch.inference_mode():
-            logits = model(batch["pixel_values"].to(device)).logits
+            logits = model(batch["pixel_values"].to(device, dtype)).logits
         yield logits.float().cpu()
 
 
@@ -297,6 +313,9 @@ def make_trainer(
     """
     arguments.remove_unused_columns = False
     arguments.label_names = ["labels"]
+    if arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs is None:
+        # the reentrant way, transformers 4's default, gives no gradients behind frozen embeddings
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
     train_data = with_pixels(data["train"], processor, augment, arguments.seed)
     trainer = Trainer(
         model=model,
@@ -358,6 +377,9 @@ def _gathered_weights(trainer: Trainer) -> dict[str, Any] | None:
 def check_training(arguments: TrainingArguments) -> None:
     """Raise a `ValueError` for what the trainer would find wrong with its arguments only after the measurement."""
     _check_trackers(arguments.report_to)
+    for name, why in _BREAKS_RUNS.items():
+        if getattr(arguments, name, False):
+            raise ValueError(f"{name}=True (--{name}) cannot be: {why}.")
     by_metric = arguments.load_best_model_at_end or str(getattr(arguments.save_strategy, "value", "")) == "best"
     metric = arguments.metric_for_best_model
     if by_metric and (metric or "").removeprefix("eval_") not in METRICS:
@@ -408,10 +430,11 @@ class _Repository:
     private: bool | None
     token: str | None
 
-    def make(self) -> None:
-        """Make it before the work: a missing right shows here, and not after hours."""
+    def made(self) -> _Repository:
+        """With its full name, made before the work: a missing right shows here, and not after hours."""
         try:
-            HfApi(token=self.token).create_repo(self.name, private=self.private, exist_ok=True)
+            made = HfApi(token=self.token).create_repo(self.name, private=self.private, exist_ok=True)
+            return replace(self, name=made.repo_id)
         # the client lets the errors of its HTTP library pass
         except Exception as error:
             raise ConnectionError(
@@ -511,8 +534,10 @@ def _train(
             open_run(folder, noted, plasticity_args.report, start_over=start_over)
         given = given_report(folder, plasticity_args.report)
         if main and repository is not None:
-            repository.make()
+            repository = repository.made()
         data = data_args.load(**model_args.download_options())
+        if main:
+            note_images(folder, digests(data))
 
     adapted, processor, report = _adapted_model(
         folder, model_args, data_args, plasticity_args, training_args, data, given
@@ -522,7 +547,7 @@ def _train(
     for callback in callbacks:
         if hasattr(callback, "trainer"):
             callback.trainer = trainer
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(folder, training_args))
+    train_once(trainer, folder)
     metrics = _evaluated(trainer, data, processor)
 
     shown = {name: metrics[f"test_{name}"] for name in ("accuracy", "macro_f1")}
@@ -566,14 +591,6 @@ def _push_at_end(arguments: TrainingArguments, token: str | None) -> tuple[Train
     return arguments, repository
 
 
-def _checkpoint_to_resume(folder: Path, arguments: TrainingArguments) -> str | None:
-    last = last_whole_checkpoint(folder)
-    checkpoint = arguments.resume_from_checkpoint or (str(last) if last else None)
-    if checkpoint:
-        logger.info("Resuming from %s.", checkpoint)
-    return checkpoint
-
-
 def _adapted_model(
     folder: Path,
     model_args: ModelArguments,
@@ -589,7 +606,7 @@ def _adapted_model(
     model.to(training_args.device)
 
     def measured() -> PlasticityReport:
-        return measure_run(model, data["train"], processor, plasticity_args, data_args.source_name, training_args)
+        return measure_run(model, data["train"], processor, plasticity_args, data_args, model_args, training_args)
 
     with _gathered(model):
         report = None
@@ -597,7 +614,7 @@ def _adapted_model(
             report = report_of_run(folder, given, measured, training_args.process_index == 0)
         # the same start for adapter and head, whether or not anything was measured
         set_seed(training_args.seed)
-        adapted = _adapted(folder, model, report, plasticity_args, training_args)
+        adapted = _adapted(folder, model, report, plasticity_args, training_args, model_args.model_revision)
     trainable, parameters = adapted.get_nb_trainable_parameters()
     logger.info(
         "Training %s of %s parameters (%.2f %%).", f"{trainable:,}", f"{parameters:,}", 100 * trainable / parameters
@@ -610,14 +627,22 @@ def measure_run(
     images: datasets.Dataset,
     processor: Any,
     arguments: MeasurementArguments,
-    source: str | None,
+    data_args: DataArguments,
+    model_args: ModelArguments,
     training: TrainingArguments,
 ) -> PlasticityReport:
     """`measure` on the processes of a run, and say so."""
     state = training.distributed_state if training.world_size > 1 else None
     logger.info("Measuring on %d training images.", len(images))
     report = measure(
-        model, images, processor, arguments, source=source, state=state, progress=not training.disable_tqdm
+        model,
+        images,
+        processor,
+        arguments,
+        source=data_args.source_name,
+        reading={"corrupt": data_args.corrupt_images, **model_args.download_options()},
+        state=state,
+        progress=not training.disable_tqdm,
     )
     logger.info("Measured %d pairs (%s).", report.pairs, report.stopped)
     return report
@@ -629,11 +654,15 @@ def _adapted(
     report: PlasticityReport | None,
     arguments: PlasticityArguments,
     training: TrainingArguments,
+    revision: str,
 ) -> Any:
     """The model with its adapter, on the selection that the run made before where there is one."""
     note = folder / SELECTION_NAME
     settled = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and report is not None else {}
-    adapted = peft.get_peft_model(model, arguments.to_config(report, **settled))  # type: ignore[arg-type]
+    wanted = arguments.to_config(report, **settled)
+    # the adapter belongs to the weights of this revision
+    wanted.revision = None if revision == "main" else revision
+    adapted = peft.get_peft_model(model, wanted)  # type: ignore[arg-type]
     config: Any = adapted.peft_config["default"]
     if training.process_index == 0 and not settled and config.selected_modules is not None:
         kept = ("selected_modules", "rank_pattern", "alpha_pattern", "modules_to_save")

@@ -61,6 +61,13 @@ class PlasticityModel(LoraModel):
         for name, wrapper in saved_whole(model):
             if name in config._moved_to_save:
                 SavedModule.of(wrapper).moved = True
+        for module in model.modules():
+            parts = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+            if isinstance(module, nn.TransformerEncoderLayer) and any(
+                isinstance(part, parts) for part in module.modules()
+            ):
+                # torch's fast path in evaluation reads the weights of the parts without calling them
+                module.activation_relu_or_gelu = 0
         if selected is not None:
             # peft shortens long lists to common suffixes; what is saved stays exact
             config.target_modules = selected  # type: ignore[assignment]

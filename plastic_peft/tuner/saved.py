@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -73,6 +74,8 @@ class SavedModule(ModulesToSaveWrapper):
     """
 
     moved = False
+    # parameters of a copy by name, noted since replicas of `nn.DataParallel` do not list theirs
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, wrapper: ModulesToSaveWrapper) -> SavedModule:
@@ -89,13 +92,23 @@ class SavedModule(ModulesToSaveWrapper):
         return self._forward_of(active_adapter, x, *args, **kwargs)
 
     def _forward_of(self, adapter: str, *args: Any, **kwargs: Any) -> Any:
-        held, originals = self.modules_to_save[adapter], dict(self.original_module.named_parameters())
-        weights = {
-            name: weight.to(originals[name].dtype)
-            for name, weight in held.named_parameters()
-            if name in originals and weight.dtype != originals[name].dtype
-        }
-        return functional_call(held, weights, args, kwargs) if weights else held(*args, **kwargs)
+        held: Any = self.modules_to_save[adapter]
+        weights: dict[str, torch.Tensor] = {}
+        for name in self.names:
+            modules: list[Any] = [held, self.original_module]
+            weight, original = (reduce(getattr, name.split("."), module) for module in modules)
+            if weight.dtype != original.dtype:
+                weights[name] = weight.to(original.dtype)
+        if not weights:
+            return held(*args, **kwargs)
+        dtype = next(iter(weights.values())).dtype
+
+        def cast_down(value: Any) -> Any:
+            # models bring images to the dtype of the weight that they find here
+            return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+        args, kwargs = tuple(map(cast_down, args)), {name: cast_down(value) for name, value in kwargs.items()}
+        return functional_call(held, weights, args, kwargs)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         module: nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)
@@ -123,9 +136,11 @@ def cast_saved(model: nn.Module, adapter: str, upcast: bool) -> None:
         # DeepSpeed keeps float32 weights of its own
         if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in [like, *held.parameters()]):
             continue
-        half = upcast and like.dtype in (torch.float16, torch.bfloat16)
+        # running statistics change in training, and have to stay in the dtype that they are computed in
+        counted = any(buffer.is_floating_point() for buffer in held.buffers())
+        half = upcast and like.dtype in (torch.float16, torch.bfloat16) and not counted
         if half:
-            SavedModule.of(wrapper)
+            SavedModule.of(wrapper).names = tuple(name for name, _ in held.named_parameters())
         held.to(device=like.device, dtype=torch.float32 if half else like.dtype)
 
 

@@ -67,7 +67,8 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         else:
             candidates, total = report, _base_parameters(model)
         candidates = [
-            replace(c, constant_cost=_constant_cost(config, modules[c.name])) for c in _allowed(config, candidates)
+            replace(c, constant_cost=_constant_cost(config, modules[c.name]), **_refused(config, modules[c.name]))
+            for c in _allowed(config, candidates)
         ]
         options = config.selection_options()
         options.pop("signal")
@@ -98,8 +99,9 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
 
 def _check_reach(names: Iterable[str], modules: Iterable[str]) -> None:
     """PEFT saves whole whatever name ends with one of `modules_to_save`: refuse names that reach further than themselves."""
-    for name in names:
-        further = next((other for other in modules if other.endswith(name) and other != name), None)
+    names = set(names)
+    for name in sorted(names):
+        further = next((other for other in modules if other.endswith(name) and other not in names), None)
         if further is not None:
             raise ValueError(
                 f"{name} is to be trained whole, and peft, which goes by the ends of names, would train {further} as well: rename "
@@ -273,6 +275,12 @@ def _constant_cost(config: PlasticityConfig, module: nn.Module) -> int:
     return owned + int(width) * (bool(config.use_dora) + bool(config.lora_bias))
 
 
+def _refused(config: PlasticityConfig, module: nn.Module) -> dict[str, Any]:
+    """LoRA of grouped convolutions takes ranks that the groups divide only, and cannot be merged."""
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return {"cost_per_rank": 0} if config.adapter == "lora" and getattr(layer, "groups", 1) > 1 else {}
+
+
 def _fitted(
     report: PlasticityReport, model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[PlasticityReport, Structure | None]:
@@ -413,7 +421,10 @@ def _head(
             # what states no image size or has no blocks may be no vision transformer, and PEFT adapts it as any model
             _warn_of_no_head(str(error))
             return []
-    return [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
+    head = [leaf.name for leaf in structure.leaves.values() if leaf.role == "head"]
+    if not head and structure.labels is not None:
+        _warn_of_no_head("The model puts out logits, and no linear puts out one row of them per image.")
+    return head
 
 
 def _warn_of_no_head(why: str) -> None:
