@@ -116,7 +116,8 @@ def note_images(folder: Path, images: Mapping[str, str]) -> None:
     note = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
     before = note.get(_IMAGES, images)
     if before != images:
-        changed = [f"{split}: {before.get(split)} -> {images.get(split)}" for split in {**before, **images}]
+        splits = [split for split in {**before, **images} if before.get(split) != images.get(split)]
+        changed = [f"{split}: {before.get(split)} -> {images.get(split)}" for split in splits]
         raise ValueError(
             f"{folder} holds a run on other images ({'; '.join(changed)}): bring back those that it began with, choose another "
             "output_dir, or remove it with start_over (--start_over)."

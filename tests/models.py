@@ -158,6 +158,17 @@ class FusedAttention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
 
 
+class FunctionalAttention(FusedAttention):
+    """Attention that uses its input projection's weight without calling it, as timm's BEiT does."""
+
+    def forward(self, x):
+        n, length, width = x.shape
+        fused = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = fused.reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(n, length, width))
+
+
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()

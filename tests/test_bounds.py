@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from plastic_peft import measure_plasticity, plasticity_bounds
+from plastic_peft import find_components, measure_plasticity, plasticity_bounds
 from plastic_peft.bounds import attention_bound, spectral_norm
 
 
@@ -134,6 +134,19 @@ def test_normalised_queries_are_outside_the_theorem():
     report = plasticity_bounds(models.transformers_model("swinv2"))
     assert not report.select_rows("component", "attention")
     assert any("no bound is known" in note for note in report.notes)
+
+
+def test_modules_saved_whole_count_as_they_are_now():
+    """Without it the bounds of a trained model's norms would be those of the untrained ones."""
+    model = models.transformers_model("vit")
+    name = find_components(model)[0].modules[0]
+    adapted = get_peft_model(model, LoraConfig(target_modules=["fc1"], modules_to_save=[name]))
+    with torch.no_grad():
+        model.get_submodule(name).modules_to_save["default"].weight.fill_(5.0)
+    bounds = {row.name: row.mean for row in plasticity_bounds(adapted).select_rows("module")}
+    assert bounds[name] == 5.0
+    with adapted.disable_adapter():
+        assert {row.name: row.mean for row in plasticity_bounds(adapted).select_rows("module")}[name] == 1.0
 
 
 def test_adapters_count_as_what_they_add():

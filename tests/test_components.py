@@ -361,6 +361,20 @@ def test_a_model_without_attention_says_what_was_found():
         find_components(conv, torch.randn(2, 3, 32, 32))
 
 
+def test_an_attention_that_cannot_be_seen_is_not_taken_for_another():
+    """Without it tokens that meet out of sight would make one block of a whole encoder."""
+
+    class Unseen(models.PreNorm):
+        def __init__(self):
+            super().__init__()
+            self.attn = models.FunctionalAttention()
+
+    model = models.Vit(Unseen)
+    model.blocks = nn.ModuleList([nn.Sequential(*model.blocks)])
+    with pytest.raises(ValueError, match="No transformer blocks"):
+        find_components(model, torch.randn(2, 3, 32, 32))
+
+
 def test_a_model_without_image_size_asks_for_images():
     """Without it a plain module would fail deep inside with a shape error."""
     with pytest.raises(ValueError, match="no config.image_size.*example_inputs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -347,6 +348,9 @@ def test_odd_image_modes_become_plain_rgb():
     turned = Image.new("RGB", (2, 3))
     turned.getexif()[0x0112] = 6
     assert as_rgb(turned).size == (3, 2)
+    # a block that says nothing leaves the image as it is
+    Image.new("RGB", (2, 3)).save(file := io.BytesIO(), "PNG", exif=b"broken")
+    assert as_rgb(Image.open(file)).size == (2, 3)
 
 
 @pytest.mark.parametrize("top", [254, 255, 256, 257, 65535])

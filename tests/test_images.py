@@ -168,6 +168,14 @@ def test_what_holds_no_pixels_is_named_with_the_remedy(tiny_vit, data, message):
 # --- processors ------------------------------------------------------------------------------------------------------
 
 
+def test_raw_images_are_seen_as_training_sees_them(processor):
+    """Without it deep or transparent images would be measured white or black, and trained on as they are."""
+    deep = Image.fromarray(np.full((32, 32), 30_000, dtype=np.uint16))
+    seen, _, _ = first_pair([deep, deep], None, processor)
+    grey = Image.new("RGB", (32, 32), (round(30_000 * 255 / 65_535),) * 3)
+    assert torch.equal(seen["pixel_values"][0], processor(grey, return_tensors="pt")["pixel_values"][0])
+
+
 def test_the_processor_is_looked_up_at_the_first_raw_image(tiny_vit, pictures, processor, tmp_path, monkeypatch):
     """Without it measuring ready tensors would ask the Hub for a processor that nobody needs."""
     tiny_vit.save_pretrained(tmp_path)

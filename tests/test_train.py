@@ -451,6 +451,49 @@ def test_a_measurement_costs_what_its_docstring_says(tmp_path, options, passes):
     assert sum(passes) <= images < 1.05 * sum(passes) + 2
 
 
+def test_a_finished_run_that_is_repeated_trains_no_further(base, tmp_path):
+    """A push that failed is repeated; without it every repetition would take one more step at a live learning rate."""
+    options = dict(max_steps=4, save_steps=4, lr_scheduler_type="constant")
+    first = train(*asked(base), run_options(tmp_path, **options))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    again = train(*asked(base), run_options(tmp_path, **options))
+    assert again.trainer.state.global_step == 4 and again.metrics["test_loss"] == first.metrics["test_loss"]
+    assert all(torch.equal(weights[name], t) for name, t in load_file(tmp_path / "adapter_model.safetensors").items())
+
+
+def test_a_run_refuses_to_go_on_with_other_images(base, tmp_path):
+    """Images added later move the cut, and what was trained on would be among what is tested on."""
+    (model, data, plasticity), options = asked(base), run_options(tmp_path, max_steps=1)
+    train(model, data, plasticity, options)
+    note = json.loads((tmp_path / "plasticity_run.json").read_text())
+    note["images"]["test"] = "47 images, 0123456789ab"
+    (tmp_path / "plasticity_run.json").write_text(json.dumps(note))
+    with pytest.raises(ValueError, match=r"other images \(test: 47 images.*--start_over"):
+        train(model, data, plasticity, options)
+
+
+def test_an_adapter_names_the_revision_that_it_was_trained_on(base, tmp_path):
+    """Without it the adapter would load onto the weights of another revision, and nothing would show."""
+    model, data, plasticity = asked(base)
+    train(replace(model, model_revision="v1.0"), data, plasticity, run_options(tmp_path, max_steps=1))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v1.0"
+
+
+def test_gradient_checkpointing_reaches_what_is_adapted(base, tmp_path):
+    """The reentrant way, which transformers 4 takes by itself, trains nothing but the head behind frozen embeddings."""
+    data = load_images("digits")
+    model, processor = load_model(ModelArguments(base), data["train"].features["label"].names)
+    trainer = make_trainer(model, data, processor, run_options(tmp_path, gradient_checkpointing=True))
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("flag", ["save_only_model", "bf16_full_eval"])
+def test_flags_that_break_a_run_are_refused(base, tmp_path, flag):
+    """Without it such a run could not resume as it was, or would save rounded weights."""
+    with pytest.raises(ValueError, match=flag):
+        train(*asked(base), run_options(tmp_path, **{flag: True}))
+
+
 def test_a_second_training_starts_a_curve_of_its_own(tmp_path):
     """A search over settings trains with one callback many times; its curves would run into each other."""
     callback, control = PlasticityCallback(torch.randn(4, 3, 32, 32)), TrainerControl()

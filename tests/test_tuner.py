@@ -6,6 +6,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
+from unittest.mock import patch
 
 import models
 import numpy as np
@@ -17,7 +18,9 @@ from peft import PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from plastic_peft import PlasticityConfig, export_lora, measure_plasticity, save_adapter
+from plastic_peft.components import trace
 from plastic_peft.report import PlasticityReport
+from plastic_peft.tuner.settle import _check_reach
 
 
 FIRST, SECOND = vit_name("vit.layers.0.mlp.fc1"), vit_name("vit.layers.1.mlp.fc1")
@@ -239,6 +242,53 @@ def test_a_head_that_cannot_be_looked_for_is_missed_aloud():
     with pytest.warns(UserWarning, match="cannot look for the head.*modules_to_save"):
         get_peft_model(model, config)
     assert config.modules_to_save is None
+
+
+def test_logits_without_a_head_are_missed_aloud():
+    """Without it the new head of a segmentation model would stay as it is at random, and nobody would know."""
+    model = models.hand_written("pre_norm")
+    plain = model.forward
+    model.forward = lambda pixels: plain(pixels)[:, None].expand(-1, 4, -1)
+    with pytest.warns(UserWarning, match="no linear puts out one row"):
+        settle_on(model, PlasticityConfig(target_modules=["fc1"]))
+
+
+def settle_on(model, config):
+    """The tuner's settling, on a model whose structure its images show."""
+    with patch("plastic_peft.tuner.settle.trace", lambda model: trace(model, torch.randn(2, 3, 32, 32))):
+        return get_peft_model(model, config)
+
+
+def test_two_heads_of_which_one_s_name_ends_the_other_s_are_both_saved():
+    """Without it models with a second head, such as DeiT's for distillation, could be refused."""
+    _check_reach(["head", "dist_head"], ["head", "dist_head", "blocks.0.fc"])
+    with pytest.raises(ValueError, match="my_head as well"):
+        _check_reach(["head"], ["head", "my_head"])
+
+
+@pytest.mark.parametrize("name", ["torch_encoder_pre", "torch_attention"])
+def test_attention_of_torch_takes_lora_from_a_report(name):
+    """Without it the attention role of such models would never be selected, or its adapter be passed over in evaluation."""
+    model, pixels = models.hand_written(name), torch.randn(2, 48, 3, 32, 32)
+    found = measure_plasticity(model, *pixels, progress=False)
+    config = PlasticityConfig(plasticity=found, fraction=1.0, modules_to_save=None, init_lora_weights=False)
+    assert {row.role for row in found.select_rows("module") if row.block is not None} >= {"attention", "mlp_in"}
+    with torch.no_grad():
+        base = model(pixels[0, :2])
+        adapted = get_peft_model(model, config).eval()
+        roles = {row.name: row.role for row in found.select_rows("module")}
+        assert {roles[module] for module in config.selected_modules} >= {"attention", "mlp_in", "mlp_out"}
+        with_adapter = adapted(pixels[0, :2])
+        assert not torch.allclose(with_adapter, base, atol=1e-3)
+        assert torch.allclose(adapted.merge_and_unload()(pixels[0, :2]), with_adapter, atol=1e-4)
+
+
+def test_grouped_convolutions_are_left_out_of_lora():
+    """Without it models with depthwise projections, such as CvT, would fail at the default config."""
+    model = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1, groups=4), "b": nn.Conv2d(4, 4, 1)})
+    config = PlasticityConfig(plasticity={"a": 2.0, "b": 1.0}, fraction=1.0, modules_to_save=None)
+    get_peft_model(model, config)
+    assert list(config.selected_modules) == ["b"]
 
 
 def test_a_head_whose_name_ends_others_is_refused():

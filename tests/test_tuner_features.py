@@ -553,6 +553,16 @@ def test_saved_modules_train_in_float32(base, pixels, tmp_path, adapter):
     assert torch.allclose(logits(merged, pixels.bfloat16()), wanted, atol=0.05)
 
 
+def test_half_precision_runs_with_what_the_model_reads_from_saved_modules():
+    """Models ask their patch embedding for its dtype, and batch norms for statistics: either would meet another dtype."""
+    half = transformers_model("vit").bfloat16()
+    model = get_peft_model(half, chosen("lora", modules_to_save=["auto", "patch_embeddings"]))
+    assert logits(model, torch.randn(2, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).bfloat16()
+    model = get_peft_model(normed, PlasticityConfig(target_modules=["0"], modules_to_save=["1", "2"]))
+    assert model(torch.randn(3, 4).bfloat16()).dtype == torch.bfloat16
+
+
 @feature("`torch.autocast`")
 def test_autocast(base, pixels, adapter):
     """Mixed-precision training, the usual way, would fail or drop gradients."""
