@@ -23,6 +23,8 @@ from plastic_peft.runs import half_width
 DOCS = ROOT / "docs"
 EPOCHS = 5
 """Epochs of a run whose task does not say otherwise."""
+EQUAL_TIME = {"all-linear": "", "q+v": "-7epochs"}
+"""Rules whose runs of about equal time are in the task of this ending."""
 
 RULES = ("all-linear", "attention", "q+v", "attention-out", "kappa", "eva", "random")
 # shift ranks attention first on every task, so that its best role is what this rule names
@@ -97,7 +99,7 @@ def duels(table: pandas.DataFrame) -> str:
         row: dict[str, Any] = {"method": f"`{method}`"}
         for rule in RULES:
             d = paired(table, method, rule).tolist()
-            row[rule] = f"{interval(d)} ({score(d)})" if d else ""
+            row[rule] = against(d)
         rows.append(row)
     return markdown(rows)
 
@@ -128,29 +130,44 @@ def gain(differences: pandas.Series) -> dict[str, Any]:
 
 
 def time_table(table: pandas.DataFrame, costs: dict[str, Any]) -> str:
-    """Methods trained longer because their steps are cheaper, against all linears at the usual number of epochs."""
-    rows = []
+    """Methods trained longer because their steps are cheaper, against rules that took as much time.
+
+    `time` is that of the whole training over all linears at the usual number of epochs.
+    """
+    rows: list[dict[str, Any]] = []
+    together: dict[tuple[str, str], dict[str, list[float]]] = {}
     for task in table.task.unique():
         base, _, epochs = re.fullmatch(r"(.*?)(-(\d+)epochs)?", task).groups()
         cost = costs.get(base, {})
         if epochs is None or "all-linear" not in cost:
             continue
-        usual = table[(table.task == base) & (table.method == "all-linear")]
+        rivals = {
+            name: table[(table.task == base + more) & (table.method == name)] for name, more in EQUAL_TIME.items()
+        }
         for method, group in table[table.task == task].groupby("method", sort=False):
-            both = group.merge(usual, on=["seed", "budget"], suffixes=("", "_usual"))
             step = cost[method]["step_over_head"] / cost["all-linear"]["step_over_head"]
-            rows.append(
-                {
-                    "task": base,
-                    "method": f"`{method}`",
-                    "epochs": epochs,
-                    "time": f"{int(epochs) / EPOCHS * step:.2f}",
-                    "seeds": len(both),
-                    "test": f"{100 * both.test.mean():.1f}",
-                    "against `all-linear`": interval((both.test - both.test_usual).tolist()),
-                }
-            )
-    return markdown(rows) if rows else ""
+            all_of_it = together.setdefault((str(method), epochs), {name: [] for name in rivals})
+            row = {
+                "task": base,
+                "method": f"`{method}`",
+                "epochs": epochs,
+                "time": f"{int(epochs) / EPOCHS * step:.2f}",
+            }
+            row |= {"seeds": len(group), "test": f"{100 * group.test.mean():.1f}"}
+            for name, rival in rivals.items():
+                both = group.merge(rival, on=["seed", "budget"], suffixes=("", "_rival"))
+                differences = [] if method == name else (both.test - both.test_rival).tolist()
+                all_of_it[name] += differences
+                row[f"against `{name}`"] = against(differences)
+            rows.append(row)
+    for (method, epochs), differences in together.items():
+        row = {"task": "all", "method": f"`{method}`", "epochs": epochs}
+        rows.append(row | {f"against `{name}`": against(values) for name, values in differences.items()})
+    return markdown([{column: row.get(column, "") for column in rows[0]} for row in rows]) if rows else ""
+
+
+def against(differences: Sequence[float]) -> str:
+    return f"{interval(differences)} ({score(differences)})" if differences else ""
 
 
 def trial_table(table: pandas.DataFrame, default: str = "norms:all-linear") -> str:

@@ -197,7 +197,7 @@ def measure(argv: Sequence[str], about: _About) -> str:
         raise ValueError("Say which images to measure on: either --dataset_name or --train_dir.")
     check_writable(Path(output.output).parent, "--output")
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with state.main_process_first():
+    with train.main_first(state):
         images = load_unlabelled(
             name,
             split="train",

@@ -167,7 +167,9 @@ def quiet(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     # on some processors, 4-bit linears of bitsandbytes pack their weights for inference alone, from the first call on
     unpacked = _held_at(False, "support_avx512bf16_for_cpu", model.modules())
     forked = torch.random.fork_rng(devices=devices)
-    with forked, unpacked, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    # tensors of inference mode do not count their changes, by which a distance is known again
+    counting = torch.inference_mode(False)
+    with forked, unpacked, counting, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             if seed is not None:
                 for generator in [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]:
@@ -448,7 +450,7 @@ class _Tracer:
         opaque = not (linear or norm or conv or light)
         leaf = Leaf(
             name=name,
-            kind=self.kinds[name],
+            kind=("Grouped" if conv and _is_grouped(module) else "") + self.kinds[name],
             parameters=sum(parameter_count(p) for p in parameters),
             shape=_weight_shape("linear" if linear else "other", _fused_weight(module) if opaque else weight, x, y),
             linear=linear,
@@ -601,6 +603,11 @@ def _fused_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of a module that adapters take as a whole: of `nn.MultiheadAttention`, the queries', keys' and values'."""
     base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base_weight(module)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return bool(getattr(base, "groups", 1) > 1)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:

@@ -263,7 +263,8 @@ def lora_cost_per_rank(kind: str, shape: tuple[int, ...] | None) -> int:
     if kind == "MultiheadAttention" and shape is not None:
         # peft puts one pair on the fused input projection and one on the output projection
         return shape[0] + shape[1] + 2 * shape[1]
-    if shape is None or len(shape) < 2:
+    # LoRA of grouped convolutions takes ranks that the groups divide only, and cannot be merged
+    if shape is None or len(shape) < 2 or kind.startswith("Grouped"):
         return 0
     return shape[0] + math.prod(shape[1:])
 

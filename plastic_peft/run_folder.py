@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .faults import unwritable
 from .hub import SAVING
@@ -181,24 +182,29 @@ def train_once(trainer: Trainer, folder: Path) -> None:
     A trainer that resumes at its end may take one more step, and early stopping would start to wait anew.
     """
     note = folder / TRAINED_NAME
-    ended = folder / json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    if ended is not None and _is_whole(ended):
-        logger.info("Training has ended before: loading %s.", ended)
-        trainer.callback_handler.callbacks.insert(0, _OnlyLoad())
+    ended = [folder / name for name in json.loads(note.read_text(encoding="utf-8"))] if note.is_file() else []
+    if ended and all(map(_is_whole, ended)) and not trainer.args.resume_from_checkpoint:
+        weights, state = ended
+        logger.info("Training has ended before: loading %s.", weights)
+        first = _OnlyLoad()
+        trainer.callback_handler.callbacks.insert(0, first)
         with contextlib.suppress(_Loaded):
-            trainer.train(resume_from_checkpoint=str(ended))
+            trainer.train(resume_from_checkpoint=str(weights))
+        trainer.remove_callback(first)
         trainer.is_in_train = False
+        trainer.state = TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))
         return
     last = last_whole_checkpoint(folder)
     checkpoint = trainer.args.resume_from_checkpoint or (str(last) if last else None)
     if checkpoint:
         logger.info("Resuming from %s.", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    state = trainer.state
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    final = folder / (Path(best).name if best else f"checkpoint-{state.global_step}")
-    if trainer.is_world_process_zero() and _is_whole(final):
-        write_whole(note, json.dumps(final.name))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    last_name = f"checkpoint-{trainer.state.global_step}"
+    # where the weights are that training ended with, and where the state
+    names = [Path(best).name if best else last_name, last_name]
+    if trainer.is_world_process_zero() and all(_is_whole(folder / name) for name in names):
+        write_whole(note, json.dumps(names))
 
 
 class _Loaded(Exception):

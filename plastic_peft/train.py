@@ -179,7 +179,7 @@ def measure(
     """
     sources = None
     if source is not None:
-        with state.main_process_first() if state is not None else contextlib.nullcontext():
+        with main_first(state):
             if source == VIT_NANO.name:
                 raw = vit_nano_source_images()
             else:
@@ -202,6 +202,18 @@ def measure(
     if state is None or state.is_main_process:
         _warn_of_doubts(report, source)
     return report
+
+
+@contextlib.contextmanager
+def main_first(state: Any) -> Iterator[None]:
+    """Let the main process go first, and the others after it also where it fails, so that all say what is wrong."""
+    if state is not None and not state.is_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state is not None and state.is_main_process:
+            state.wait_for_everyone()
 
 
 def _warn_of_doubts(report: PlasticityReport, source: str | None) -> None:

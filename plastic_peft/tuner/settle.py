@@ -67,8 +67,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         else:
             candidates, total = report, _base_parameters(model)
         candidates = [
-            replace(c, constant_cost=_constant_cost(config, modules[c.name]), **_refused(config, modules[c.name]))
-            for c in _allowed(config, candidates)
+            replace(c, constant_cost=_constant_cost(config, modules[c.name])) for c in _allowed(config, candidates)
         ]
         options = config.selection_options()
         options.pop("signal")
@@ -252,6 +251,7 @@ def _candidate(name: str, score: float, module: nn.Module) -> Candidate:
     able = isinstance(
         layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention, Conv1D)
     ) or isinstance(module, LoraLayer)
+    able = able and getattr(layer, "groups", 1) == 1
     return Candidate(
         name=name,
         role="module",
@@ -273,12 +273,6 @@ def _constant_cost(config: PlasticityConfig, module: nn.Module) -> int:
     width = next((getattr(layer, name) for name in ("out_features", "out_channels") if hasattr(layer, name)), 0)
     owned = parameter_count(bias) if config.bias == "lora_only" and isinstance(bias, torch.Tensor) else 0
     return owned + int(width) * (bool(config.use_dora) + bool(config.lora_bias))
-
-
-def _refused(config: PlasticityConfig, module: nn.Module) -> dict[str, Any]:
-    """LoRA of grouped convolutions takes ranks that the groups divide only, and cannot be merged."""
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return {"cost_per_rank": 0} if config.adapter == "lora" and getattr(layer, "groups", 1) > 1 else {}
 
 
 def _fitted(
