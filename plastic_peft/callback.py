@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -100,7 +100,7 @@ class PlasticityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # DeepSpeed steps inside its backward pass, and has no gradients left by now
-        deepspeed = AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+        deepspeed = is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
         if (state.global_step + 1) % self.every == 0 and not deepspeed:
             modules = {key: entry["modules"] for key, entry in self.curve["components"].items()}
             self._norms = gradient_norms(kwargs["model"], modules)

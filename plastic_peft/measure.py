@@ -540,7 +540,8 @@ class Moments:
         self.looked_at = 0
 
     def add(self, sums: torch.Tensor) -> None:
-        self.sums += sums[:-1]
+        # not in place: a tensor made in inference mode refuses that outside
+        self.sums = self.sums + sums[:-1]
         self.dropped += int(sums[-1, 0, 0])
 
     def look_is_due(self) -> bool:

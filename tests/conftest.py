@@ -19,11 +19,6 @@ settings.register_profile(
 settings.load_profile("project")
 
 
-def pytest_collection_modifyitems(items):
-    """Whole runs come first: last of all, they would run alone while other processes have nothing left to do."""
-    items.sort(key=lambda item: item.path.stem not in ("test_documents", "test_end_to_end"))
-
-
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
