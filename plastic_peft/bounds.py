@@ -9,11 +9,14 @@ of the output weight. (The paper's reference code cuts q, k and v along columns 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -24,6 +27,7 @@ from .components import (
     Structure,
     base_weight,
     call,
+    entry,
     first_tensor,
     kind_of,
     named_leaves,
@@ -45,8 +49,9 @@ def plasticity_bounds(
     A norm is bounded by its largest absolute scale, for tokens whose standard deviation is at least 1; a linear layer by
     its spectral norm; attention as the module says, for tokens no longer than `radius`. A bias of the queries counts as one
     more feature of each token; other biases leave the distances as they are. Where position terms come between queries and
-    keys (biases of the logits, rotations), `||Q_h|| ||K_h||` takes the place of `||Q_h^T K_h||`, which holds for any of them;
-    where queries or keys are normalised, no bound is known. Modules with an adapter count with what it adds.
+    keys (biases of the logits, rotations), `||Q_h|| ||K_h||` takes the place of `||Q_h^T K_h||`, which holds for either at the
+    usual scale `1 / sqrt(d_h)`; where queries or keys are normalised, or position terms depend on the query alone, no bound is
+    known. Modules with an adapter count with what it adds.
 
     Args:
         model: A vision transformer.
@@ -63,14 +68,13 @@ def plasticity_bounds(
     """
     core = unwrap(model)
     pixels = synthetic_images(core, 2) if images is None else images
-    structure = trace(core, model_inputs(core, {"pixel_values": pixels[:2]}))
+    structure = trace(model, model_inputs(core, {"pixel_values": pixels[:2]}))
     modules = {name: module for name, module, _ in named_leaves(core)}
     attentions = {c.name: c for c in structure.components if c.role == "attention"}
     probe = _AttentionProbe(modules, structure, attentions)
     with quiet(core), probe.attached():
-        device = next(p.device for p in core.parameters())
         for part in pixels.split(32):
-            call(core, model_inputs(core, {"pixel_values": part.to(device)}))
+            call(entry(model), model_inputs(core, {"pixel_values": part}))
 
     rows, notes = [], []
     for component in structure.components:
@@ -118,7 +122,7 @@ def spectral_norm(weight: torch.Tensor, *, tolerance: float = 1e-4, steps: int =
         matrix = matrix.T
     width = matrix.shape[1]
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(width, generator=generator).to(matrix)
+    v = torch.randn(width, generator=generator, device="cpu").to(matrix)
     v = v / v.norm()
     basis = [v]
     diagonal: list[float] = []
@@ -131,9 +135,9 @@ def spectral_norm(weight: torch.Tensor, *, tolerance: float = 1e-4, steps: int =
         # twice is enough to keep the basis orthogonal in float32
         for _ in range(2):
             w = w - known.T @ (known @ w)
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
         if off:
-            side = torch.tensor(off, dtype=torch.float64)
+            side = torch.tensor(off, dtype=torch.float64, device="cpu")
             tridiagonal += torch.diag(side, 1) + torch.diag(side, -1)
         history.append(float(torch.linalg.eigvalsh(tridiagonal)[-1]))
         length = float(w.norm())
@@ -220,10 +224,12 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
     """The weight that a module computes with, whole and with its adapters; `None` where it is quantised or cannot be told."""
     if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters and module.active_adapters:
         module = module.modules_to_save[module.active_adapters[0]]
-    weight = base_weight(module)
-    if weight is None or not weight.is_floating_point():
-        return None
-    weight = _whole(weight).detach()
+    # what is offloaded is fetched for as long as it is read
+    with align_module_device(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+        weight = base_weight(module)
+        if weight is None or not weight.is_floating_point():
+            return None
+        weight = _whole(weight).detach()
     if not isinstance(module, BaseTunerLayer) or module.merged or module.disable_adapters:
         return weight
     adapters = [name for name in module.active_adapters if name in module._all_available_adapter_names()]
@@ -276,6 +282,24 @@ def _softmax(
     q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in found)
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _in_full_precision(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Call a module with its weights and inputs in float32, where rounding cannot be taken for something in between."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        if isinstance(value, Mapping):
+            return {key: full(entry) for key, entry in value.items()}
+        return type(value)(full(entry) for entry in value) if type(value) in (tuple, list) else value
+
+    half = {
+        name: value.float()
+        for name, value in itertools.chain(module.named_parameters(), module.named_buffers())
+        if value.dtype in (torch.float16, torch.bfloat16)
+    }
+    torch.func.functional_call(module, half, full(tuple(args)), full(dict(kwargs)))
 
 
 @dataclass
@@ -344,7 +368,8 @@ class _AttentionProbe:
             if name not in self.heads and component.inputs == component.outputs[0]:
                 self.probing = True
                 try:
-                    found = self._heads(component, module, args, kwargs)
+                    with torch.autocast(x.device.type, enabled=False):
+                        found = self._heads(component, module, args, kwargs)
                 finally:
                     self.probing = False
                 if found is not None:
@@ -374,30 +399,39 @@ class _AttentionProbe:
             parts += [(name, slice(i * width // thirds, (i + 1) * width // thirds)) for i in range(thirds)]
         if len(parts) != 3:
             return None
-        plain = self._received(module, args, kwargs, out, None, None)
+        plain = self._received(module, args, kwargs, out)
         if plain is None:
             return None
         values = []
         for name, rows in parts:
-            doubled = self._received(module, args, kwargs, out, name, _Probe(rows, 2.0, 0.0))
+            doubled = self._received(module, args, kwargs, out, (name, _Probe(rows, 2.0, 0.0)))
             if doubled is not None and _alike(doubled, 2 * plain):
                 values.append((name, rows))
         if len(values) != 1:
             return None
         q, k = (part for part in parts if part != values[0])
         # far larger queries look nowhere else, unless they are normalised
-        larger = self._received(module, args, kwargs, out, q[0], _Probe(q[1], 1e4, 0.0))
+        larger = self._received(module, args, kwargs, out, (q[0], _Probe(q[1], 1e4, 0.0)))
         if larger is None or torch.allclose(larger, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max())):
             return None
+        # where one of the two is nothing the other decides nothing, unless position terms depend on it alone
+        for gone, other in ((q, k), (k, q)):
+            probes = (gone[0], _Probe(gone[1], 0.0, 0.0)), (other[0], _Probe(other[1], -3.0, 0.0))
+            if not _alike(*(self._received(module, args, kwargs, out, *probes[:count]) for count in (1, 2))):
+                return None
         if q[1].stop - q[1].start < k[1].stop - k[1].start:
             q, k = k, q
-        noisy = self._received(module, args, kwargs, out, q[0], _Probe(slice(q[1].start, q[1].start + 1), 1.0, 1.0))
+        feature = _Probe(slice(q[1].start, q[1].start + 1), 1.0, 1.0)
+        noisy = self._received(module, args, kwargs, out, (q[0], feature))
         if noisy is None:
             return None
         change = (noisy - plain).abs().flatten(0, -2).amax(dim=0)
         head_dim = int((change > 1e-6 * change.max()).sum())
         part_weights = [cast(torch.Tensor, weights[name])[rows] for name, rows in (q, k, values[0])]
         if head_dim == 0 or any(w.shape[0] % head_dim for w in part_weights):
+            return None
+        # heads of the values as wide as those of the keys
+        if part_weights[1].shape[0] != part_weights[2].shape[0]:
             return None
         q_weight, k_weight, v_weight = part_weights
         output = cast(torch.Tensor, weights[out])
@@ -421,7 +455,7 @@ class _AttentionProbe:
 
         handles = [self.modules[name].register_forward_hook(keep(name)) for name in names]
         try:
-            module(*args, **kwargs)
+            _in_full_precision(module, args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -429,29 +463,31 @@ class _AttentionProbe:
 
     def _bias(self, name: str, rows: slice) -> torch.Tensor | None:
         module = self.modules[name]
-        bias = getattr(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, "bias", None)
-        return _whole(bias)[rows] if isinstance(bias, torch.Tensor) else None
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        with align_module_device(module):
+            bias = getattr(module, "bias", None)
+            return _whole(bias)[rows] if isinstance(bias, torch.Tensor) else None
 
-    def _received(
-        self, module: nn.Module, args: Any, kwargs: Any, out: str, name: str | None, probe: _Probe | None
-    ) -> Any:
-        """What the output projection receives when `probe` changes the output of linear `name`."""
+    def _received(self, module: nn.Module, args: Any, kwargs: Any, out: str, *probes: tuple[str, _Probe]) -> Any:
+        """What the output projection receives when each of the `probes` changes the output of the linear that it names."""
         seen: list[torch.Tensor] = []
 
-        def change(_: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        def changed_by(probe: _Probe, output: torch.Tensor) -> torch.Tensor:
             changed = output.clone()
-            part = changed[..., probe.rows]  # type: ignore[union-attr]
+            part = changed[..., probe.rows]
             generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(part.shape, generator=generator).to(part)
-            scale = probe.noise * (part.abs().max() + 1)  # type: ignore[union-attr]
-            changed[..., probe.rows] = probe.factor * part + scale * noise  # type: ignore[union-attr]
+            noise = torch.randn(part.shape, generator=generator, device="cpu").to(part)
+            scale = probe.noise * (part.abs().max() + 1)
+            changed[..., probe.rows] = probe.factor * part + scale * noise
             return changed
 
+        def change(probe: _Probe) -> Any:
+            return lambda module, inputs, output: changed_by(probe, output)
+
         handles = [self.modules[out].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].float()))]
-        if name is not None:
-            handles.append(self.modules[name].register_forward_hook(change))
+        handles += [self.modules[name].register_forward_hook(change(probe)) for name, probe in probes]
         try:
-            module(*args, **kwargs)
+            _in_full_precision(module, args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()

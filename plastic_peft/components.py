@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -243,23 +244,43 @@ def synthetic_images(model: nn.Module, count: int, seed: int = 0) -> torch.Tenso
             "images of the size it takes (find_components: example_inputs=pixel_values; measure_plasticity: target=...)."
         )
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, getattr(config, "num_channels", 3), 8, 8, generator=generator)
+    coarse = torch.randn(count, getattr(config, "num_channels", 3), 8, 8, generator=generator, device="cpu")
     images = nn.functional.interpolate(coarse, size=tuple(sides), mode="bicubic", align_corners=False)
-    images = images + 0.1 * torch.randn(images.shape, generator=generator)
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
-    return images.to(parameter.device, parameter.dtype)
+    return as_input(model, images + 0.1 * torch.randn(images.shape, generator=generator, device="cpu"))
 
 
-def main_input(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any] | tuple[Any, ...]:
-    """How to hand `pixels` to the model: by its main input's name for transformers models, else by position."""
+def as_input(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the device on which the model takes images, and in its floating type if it is floating."""
+    # what is offloaded lies on no device until it is called, by hooks that know where
+    placed = (p.device for p in model.parameters() if p.device.type != "meta")
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None) or next(placed, tensor.device)
+    # packed weights are integers or floats of eight bits, which no image comes in
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    return tensor.to(device, next(floats, tensor.dtype) if tensor.is_floating_point() else tensor.dtype)
+
+
+def main_input_name(model: nn.Module) -> str | None:
+    """The keyword by which a transformers model takes images, `None` for other modules, which take them first.
+
+    Raises:
+        UnknownStructureError: If the model takes text.
+    """
     name = getattr(model, "main_input_name", None)
-    return {name: pixels} if isinstance(name, str) and hasattr(model, "config") else (pixels,)
+    if not (isinstance(name, str) and hasattr(model, "config")):
+        return None
+    # transformers' word for models that do not say
+    if name == "input_ids":
+        if name in inspect.signature(model.forward).parameters:
+            part = next((n for n, _ in model.named_children() if "vision" in n or "visual" in n), "vision_model")
+            raise UnknownStructureError(
+                f"{type(model).__name__} takes text ({name}): pass the part that takes images alone, such as model.{part}."
+            )
+        return "pixel_values"
+    return name
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call the model with a dict as keywords, a tuple as positions, or one tensor as its main input."""
-    if isinstance(inputs, torch.Tensor):
-        inputs = main_input(model, inputs)
+    """Call the model with a dict as keywords or a tuple as positions."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
@@ -282,9 +303,9 @@ def _three_images(model: nn.Module, example: Any) -> dict[str, Any] | tuple[Any,
     if example is None:
         example = synthetic_images(model, 2)
     if isinstance(example, torch.Tensor):
-        example = main_input(model, example)
+        name = main_input_name(model)
+        example = (example,) if name is None else {name: example}
     tensors = example.values() if isinstance(example, Mapping) else example
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def three(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
@@ -294,7 +315,7 @@ def _three_images(model: nn.Module, example: Any) -> dict[str, Any] | tuple[Any,
             b = a.flip(-1) + 0.5
         elif len(b) == 0:
             b = a
-        return torch.cat([a, b, b]).to(device)
+        return as_input(model, torch.cat([a, b, b]))
 
     if isinstance(example, Mapping):
         return {key: three(value) for key, value in example.items()}
@@ -472,7 +493,8 @@ class _Tracer:
 
     def _does_not_scale(self, module: nn.Module, x: torch.Tensor, keyword: str | None) -> bool:
         """A scale per channel triples with its input; a norm does not, unless the input is as small as its epsilon."""
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x) + 0.5
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(x.shape, generator=generator, device="cpu").to(x) + 0.5
         once, thrice = (
             self._again(module, *(((z,), {}) if keyword is None else ((), {keyword: z}))) for z in (noise, 3 * noise)
         )
@@ -569,7 +591,7 @@ def _perturb_token(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     first = moved[: moved.shape[0] // _IMAGES]
     position = tuple(size // 2 for size in first.shape[:-1])
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(first.shape[-1], generator=generator).to(tensor)
+    noise = torch.randn(first.shape[-1], generator=generator, device="cpu").to(tensor)
     first[position] += noise * (first.float().std().to(tensor) + 1)
     return moved.movedim(0, dim)
 

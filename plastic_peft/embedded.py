@@ -34,7 +34,8 @@ def load_vit_nano(num_labels: int | None = None, **kwargs: Any) -> ViTForImageCl
         kwargs["num_labels"] = num_labels
     if {"num_labels", "id2label"} & kwargs.keys():
         kwargs.setdefault("ignore_mismatched_sizes", True)
-    kwargs.setdefault("dtype", torch.float32)
+    if "torch_dtype" not in kwargs:
+        kwargs.setdefault("dtype", torch.float32)
     model: ViTForImageClassification = ViTForImageClassification.from_pretrained(VIT_NANO, **kwargs)
     call_by_name(model)
     return model

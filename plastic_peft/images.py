@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from .components import as_input, main_input_name
 from .processors import ModelProcessor, Processor
 
 
@@ -51,7 +52,7 @@ class Indexed:
 
     def shuffled(self, generator: torch.Generator) -> Iterator[int]:
         """References to all images once, in random order."""
-        return iter(torch.randperm(len(self), generator=generator).tolist())
+        return iter(torch.randperm(len(self), generator=generator, device="cpu").tolist())
 
     def endlessly(self, generator: torch.Generator) -> Iterator[int]:
         if len(self) <= BUFFER_IMAGES:
@@ -210,10 +211,10 @@ def through_buffer(items: Iterator[Any], size: int, generator: torch.Generator) 
     """The items in random order, as far as a buffer of `size` allows."""
     buffer = list(itertools.islice(items, size))
     for item in items:
-        place = int(torch.randint(size, (), generator=generator))
+        place = int(torch.randint(size, (), generator=generator, device="cpu"))
         yield buffer[place]
         buffer[place] = item
-    yield from (buffer[place] for place in torch.randperm(len(buffer), generator=generator).tolist())
+    yield from (buffer[place] for place in torch.randperm(len(buffer), generator=generator, device="cpu").tolist())
 
 
 # --- what images look like --------------------------------------------------------------------------------------------
@@ -454,13 +455,10 @@ def _stack(images: list[Batch], what: str) -> Batch:
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch | tuple[torch.Tensor, ...]:
-    """Keywords for a transformers model, or the pixels alone for any other module, in the model's floating type."""
-    # packed weights are integers or floats of eight bits, which no image comes in
-    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
-    if (dtype := next(floats, None)) is not None:
-        batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
-    name = getattr(model, "main_input_name", None)
-    if not (isinstance(name, str) and hasattr(model, "config")):
+    """Keywords for a transformers model, or the pixels alone for any other module, where and as the model takes them."""
+    batch = {key: as_input(model, value) for key, value in batch.items()}
+    name = main_input_name(model)
+    if name is None:
         return (batch.get("pixel_values", next(iter(batch.values()))),)
     if name not in batch and "pixel_values" in batch:
         batch = {**{k: v for k, v in batch.items() if k != "pixel_values"}, name: batch["pixel_values"]}

@@ -60,6 +60,8 @@ _GROWTH = 1.25
 _WIDE = 2**17
 # features that scalar products are taken of at a time
 _LONGEST = 2**14
+# a shift without a bound above: beyond all others, and finite, as ranks in proportion to it have to be
+_UNBOUNDED = 1e9
 # below this share of their squared norms, a squared distance of float32 vectors is not taken from scalar products
 _CLOSE = 0.02
 
@@ -137,13 +139,11 @@ def measure_plasticity(
             rows = _rows(plans, structure, moments, source is not None)
             return _selection_is_settled(rows, structure.parameters, selection)
 
-        device = next((p.device for p in core.parameters()), torch.device("cpu"))
         stopped, total = "data exhausted", 0
         with quiet(core, seed), taps.attached(), contextlib.closing(batches), bar:
             for number, batch in enumerate(batches):
                 with _naming_the_batch(core, batch.inputs, number):
-                    on_device = {key: value.to(device) for key, value in batch.inputs.items()}
-                    call(entry(model), model_inputs(core, on_device))
+                    call(entry(model), model_inputs(core, batch.inputs))
                 moments.add(_reduce(taps.rates(batch), accelerator))
                 moments.check(plans, number, batch, core)
                 total = batch.last
@@ -157,7 +157,7 @@ def measure_plasticity(
                     stopped = "max_pairs"
     if moments.pairs() < 2:
         raise ValueError(_too_few(total, moments.pairs()))
-    missing = taps.missing()
+    missing = taps.missing(moments)
     kept = [
         row
         for row, plan in zip(_rows(plans, structure, moments, source is not None), plans, strict=True)
@@ -171,8 +171,8 @@ def measure_plasticity(
         stopped=stopped,
         confidence=confidence,
         tolerance=tolerance,
-        seed=seed,
-        max_pairs=max_pairs,
+        seed=int(seed),
+        max_pairs=int(max_pairs),
         notes=(
             *(f"{p.level} {p.name} has no row: {why}" for p, why in missing.items()),
             *_structure_notes(structure),
@@ -418,7 +418,7 @@ class _Taps:
         weights = batch.weights.double()
         inside = weights[:half] * weights[half:]
         everywhere = torch.cat([weights, inside, inside])
-        absent = torch.full((2 * n,), math.nan)
+        absent = torch.full((2 * n,), math.nan, device="cpu")
         pairs = []
         for plan in self.plans:
             x = self.distances.get((plan.inputs, "in"))
@@ -436,7 +436,7 @@ class _Taps:
         device = next((x.device for x, _ in pairs if x is not absent), torch.device("cpu"))
         x = torch.stack([x.to(device) for x, _ in pairs]).cpu().double()
         y = torch.stack([y.to(device) for _, y in pairs]).cpu().double()
-        measured = torch.tensor([x_ is not absent for x_, _ in pairs])[:, None]
+        measured = torch.tensor([x_ is not absent for x_, _ in pairs], device="cpu")[:, None]
         counted = measured & (x != 0) & (everywhere > 0)
         rate = torch.where(counted, y / x, 0.0)
         bad = ~torch.isfinite(rate)
@@ -445,17 +445,17 @@ class _Taps:
         parts = [sums[:, :n].sum(1), sums[:, n : n + half].sum(1), sums[:, n + half :].sum(1)]
         moments = torch.stack(parts, dim=1)
         equal = (measured & (x[:, :n] == 0) & (weights > 0)).any(dim=0).sum()
-        last = torch.zeros(1, 3, 4, dtype=torch.float64)
+        last = torch.zeros(1, 3, 4, dtype=torch.float64, device="cpu")
         last[0, 0, 0] = equal
         return torch.cat([moments, last])
 
-    def missing(self) -> dict[_Plan, str]:
+    def missing(self, moments: Moments) -> dict[_Plan, str]:
         """Rows that could not be measured, and why."""
         absent = {}
-        for plan in self.plans:
+        for plan, pairs in zip(self.plans, moments.sums[:, 0, 2].tolist(), strict=True):
             names = [plan.name, *plan.outputs]
             why = next((self.unfit[name] for name in names if name in self.unfit), None)
-            if why is None and (plan.inputs, "in") not in self.distances:
+            if why is None and pairs == 0:
                 why = "nothing that depends on the image passed it"
             if why is not None:
                 absent[plan] = why
@@ -535,7 +535,7 @@ class Moments:
 
     def __init__(self, rows: int, confidence: float, fixed: bool = False) -> None:
         # sums of the rate and its square, and how many were finite and not
-        self.sums = torch.zeros(rows, 3, 4, dtype=torch.float64)
+        self.sums = torch.zeros(rows, 3, 4, dtype=torch.float64, device="cpu")
         self.confidence, self.fixed, self.looks, self.dropped = confidence, fixed, 0, 0
         self.looked_at = 0
 
@@ -651,15 +651,15 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
     signal = options.pop("signal", None)
 
     def selected_from(some: list[Row]) -> set[str]:
-        try:
-            return set(select(candidates(some, signal), base_parameters=base_parameters, **options).modules)
-        except ValueError:
-            if options.get("threshold") is None:
-                raise
-            # no score reaches the threshold
-            return set()
+        return set(select(candidates(some, signal), base_parameters=base_parameters, **options).modules)
 
-    names = selected_from(rows)
+    try:
+        names = selected_from(rows)
+    except ValueError:
+        if options.get("threshold") is None:
+            raise
+        # no score reaches the threshold
+        return False
     # a component counts as selected if any of its modules is
     components = {(row.component, row.role) for row in rows if row.level == "module" and row.name in names}
     low_is_bad = options.get("order", "highest") != "lowest"
@@ -669,6 +669,10 @@ def _selection_is_settled(rows: list[Row], base_parameters: int, options: Mappin
         if selected == low_is_bad:
             return replace(row, mean=row.ci_low, shift=row.shift_low)
         # no bound above is no reason to believe in the selection
-        return replace(row, mean=row.ci_high, shift=None if row.shift is None else row.shift_high or math.inf)
+        return replace(row, mean=row.ci_high, shift=None if row.shift is None else row.shift_high or _UNBOUNDED)
 
-    return bool(names) and selected_from([at_worst(row) for row in rows]) == names
+    try:
+        return selected_from([at_worst(row) for row in rows]) == names
+    except ValueError:
+        # other scores would not even make a selection
+        return False

@@ -155,7 +155,7 @@ def _pairs(
         m, n = len(sources), len(targets)
         if m != n:
             (sources if m < n else targets).cache = {}
-        return ((i % m, i % n) for i in torch.randperm(max(m, n), generator=generator).tolist())
+        return ((i % m, i % n) for i in torch.randperm(max(m, n), generator=generator, device="cpu").tolist())
     if isinstance(sources, Stream) and isinstance(targets, Stream):
         size = min(len(sources.buffer), len(targets.buffer))
         return through_buffer(zip(sources, targets, strict=False), size, generator)
@@ -193,7 +193,7 @@ def _shares(
         positions, weights = _share(len(whole), rank, world)
         left = sources.take([whole[p][0] for p in positions], pool)
         right = targets.take([whole[p][1] for p in positions], pool)
-        yield PairBatch(_join(left, right), torch.tensor(weights), first, first + len(whole))
+        yield PairBatch(_join(left, right), torch.tensor(weights, device="cpu"), first, first + len(whole))
         first += len(whole)
 
 

@@ -57,7 +57,7 @@ class Row:
         pairs: Number of pairs measured.
         ci_low, ci_high: Confidence interval of the mean.
         source_source, target_target: Mean rate for pairs inside each set, `None` without a source.
-        shift: `mean / source_source`, `None` without a source.
+        shift: `mean / source_source`, `None` without a source and where that is zero.
         shift_low, shift_high: Confidence interval of the shift; `None` above where the pairs bound it not.
     """
 
@@ -215,13 +215,13 @@ class PlasticityReport:
 
 
 def default_signal(rows: Iterable[Row]) -> str:
-    """`"shift"` where every module of the blocks has one, which takes source images, else `"plasticity"`.
+    """`"shift"` where source images were measured, else `"plasticity"`.
 
     Raw rates compare scales as well as components: shift finds the roles whose tuning helps, and raw rates need not
     (docs/method_comparison.md).
     """
     blocks = [row for row in rows if row.level == "module" and row.block is not None and row.role in BLOCK_ROLES]
-    return "plasticity" if any(row.shift is None for row in blocks) else "shift"
+    return "plasticity" if any(_shift(row) is None for row in blocks) else "shift"
 
 
 def candidates(rows: Iterable[Row], signal: str | None = None) -> list[Candidate]:
@@ -288,8 +288,13 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def _shift(row: Row) -> float | None:
+    """The shift; that of a module which puts out the same for all source images, such as one that starts at zero, is 1."""
+    return 1.0 if row.shift is None and row.source_source == 0 else row.shift
+
+
 def _signal(row: Row, signal: str) -> float:
-    value = row.mean if signal == "plasticity" else row.shift
+    value = row.mean if signal == "plasticity" else _shift(row)
     if value is None:
         raise ValueError(
             f"signal={signal!r} needs source images, and this report was measured without: pass source= to "

@@ -5,6 +5,7 @@ import copy
 import models
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -203,3 +204,32 @@ def test_an_attention_outside_the_theorem_is_named():
     assert not report.select_rows("component", "attention")
     assert any("no bound is known" in note for note in report.notes)
     assert report.select_rows("component", "mlp_in")
+
+
+@pytest.mark.parametrize("way", ["weights", "autocast", "prepared"])
+def test_half_precision_does_not_look_like_position_terms(way):
+    """Without it rounding would be taken for something between queries and keys, and give a larger bound."""
+    images = torch.randn(6, 3, 32, 32)
+    model = models.transformers_model("vit")
+    expected = plasticity_bounds(model, images=images)
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = plasticity_bounds(model, images=images)
+    elif way == "prepared":
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        found = plasticity_bounds(model, images=images)
+    else:
+        found = plasticity_bounds(model.bfloat16(), images=images)
+    assert [row.name for row in found.rows] == [row.name for row in expected.rows]
+    assert [row.mean for row in found.rows] == pytest.approx([row.mean for row in expected.rows], rel=1e-2)
+
+
+def test_position_terms_that_depend_on_the_query_are_outside_the_theorem():
+    """Without it an attention whose logits do not come from its keys would get a bound that its rates exceed."""
+    config = transformers.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, output_channels=16,
+        window_size=2, global_attn_indexes=[1],
+    )  # fmt: skip
+    report = plasticity_bounds(transformers.SamVisionModel(config).eval())
+    assert not report.select_rows("component", "attention")
+    assert any("no bound is known" in note for note in report.notes)

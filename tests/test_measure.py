@@ -11,6 +11,8 @@ import models
 import numpy as np
 import pytest
 import torch
+import transformers
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -18,10 +20,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity
+from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity, plasticity_bounds
 from plastic_peft.components import BLOCK_ROLES, find_components, trace
 from plastic_peft.measure import Moments, _from_differences, _from_products, _plan_rows, _selection_is_settled, _Taps
-from plastic_peft.report import Row
+from plastic_peft.report import Row, default_signal
 
 
 def quick(model, target, source=None, **options):
@@ -274,6 +276,23 @@ def test_a_selection_is_settled_only_where_no_interval_can_change_it(signal):
     assert not settled(row("attention", 1.1, 1.3), row("mlp_in", 0.9, 1.15))
 
 
+@pytest.mark.parametrize(
+    "selection",
+    [
+        # with fc1 first, which is dearer, this would pay for no module at all
+        {"budget": 600, "granularity": "module", "rank_allocation": "uniform", "r": 8, "train_norms": False},
+        # four source images bound no shift from above at first
+        {"budget": 2000, "granularity": "module", "signal": "shift", "train_norms": False},
+    ],
+)
+def test_scores_that_might_be_otherwise_end_no_measurement(tiny_vit, images, selection):
+    """Without it the question whether a selection may still change would raise where another one is impossible."""
+    report = measure_plasticity(
+        tiny_vit, images[1], images[0][:4], progress=False, tolerance=0.9, batch_size=4, selection=selection
+    )
+    assert report.select(**selection).modules
+
+
 def test_distances_from_products_are_those_of_differences():
     """Without it the quick way to take distances could lose digits, or find a distance between equal images."""
     generator = torch.Generator().manual_seed(0)
@@ -296,6 +315,11 @@ def test_a_zero_head_is_found_and_measured(images):
     report = quick(model, images[0], images[1])
     assert [r.name for r in report.select_rows("module", "head")] == ["classifier"]
     assert row(report, "vit.layers.1.mlp.fc2").mean == 0
+    # what is the same for all images has moved by nothing, which is no reason to leave shift, and it, out
+    report = quick(model, images[0], images[1])
+    assert default_signal(report.rows) == "shift"
+    scores = {c.name: c.score for c in report.candidates()}
+    assert scores["vit.layers.1.mlp.fc2"] == 1.0 and len(set(scores.values())) > 10
     config = PlasticityConfig(plasticity=report)
     get_peft_model(model, config)
     assert config.modules_to_save == ["classifier"]
@@ -624,3 +648,37 @@ def test_a_selection_by_a_signal_that_will_not_be_there_is_refused_at_once(tiny_
     """Without it a long measurement would end in this error."""
     with pytest.raises(ValueError, match=message):
         measure_plasticity(tiny_vit, torch.randn(4, 3, 32, 32), progress=False, selection={"signal": signal})
+
+
+def test_offloaded_models_are_read_as_others(images):
+    """Without it images would be sent to where offloaded weights are, which is nowhere."""
+    model = models.transformers_model("vit")
+    expected = quick(model, *images), plasticity_bounds(model, images=images[0])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    found = quick(model, *images), plasticity_bounds(model, images=images[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [(r.name, r.mean) for r in ours.rows] == [(r.name, pytest.approx(r.mean)) for r in theirs.rows]
+
+
+def test_another_default_device_is_none_of_its_business(images):
+    """Without it scripts that make all tensors on a GPU by default could not measure."""
+    model = models.transformers_model("vit")
+    expected = quick(model, *images)
+    with torch.device("meta"):
+        found = quick(model, *images)
+    assert found == expected
+
+
+def test_images_are_brought_to_the_type_of_any_model():
+    """Without it a model in half precision would refuse what its own image processor gives."""
+    model = models.transformers_model("beit").bfloat16()
+    assert find_components(model, torch.randn(2, 3, 32, 32)) == find_components(model)
+
+
+def test_a_model_of_text_and_images_says_which_part_to_pass(images):
+    """Without it images would be handed over as text, and the message would be about anything but that."""
+    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=models.SMALL, text_config=models.TEXT))
+    for call in (lambda: find_components(model, images[0]), lambda: quick(model, images[0])):
+        with pytest.raises(ValueError, match=r"CLIPModel takes text .* model.vision_model"):
+            call()
