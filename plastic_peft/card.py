@@ -10,10 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
-from .components import named_leaves
 from .embedded import NAME, portable_name
+from .layout import layout
 from .report import LABELS, PlasticityReport
 
 
@@ -152,13 +151,9 @@ def _plasticity(report: PlasticityReport | None) -> str:
 
 def _ranks(peft_model: PeftModel, adapter_name: str) -> dict[str, int | None]:
     """The modules that the adapter sits on, with their ranks as they are in the model; whole weights have none."""
-    ranks: dict[str, int | None] = {}
-    for name, module, _ in named_leaves(peft_model.get_base_model()):
-        if adapter_name in getattr(module, "lora_full", ()):
-            ranks[name] = None
-        elif isinstance(module, LoraLayer) and adapter_name in module.r:
-            ranks[name] = module.r[adapter_name]
-    return ranks
+    config: Any = peft_model.peft_config[adapter_name]
+    ranks, _ = layout(peft_model, adapter_name)
+    return dict.fromkeys(ranks) if getattr(config, "adapter", "lora") == "full" else dict(ranks)
 
 
 def _modules(config: Any, ranks: Mapping[str, int | None]) -> str:

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .components import named_leaves
-from .hub import CONFIG_NAME, layout, plasticity_config, whole_folder, write_adapter
+from .hub import CONFIG_NAME, whole_folder, write_adapter
+from .layout import exact_facts, plasticity_config
 from .report import write_whole
 from .tuner.saved import saved_whole
 from .tuner.settle import LoraMatch
@@ -49,22 +50,14 @@ def export_lora(peft_model: PeftModel, path: str | os.PathLike[str], adapter_nam
             "Use export_merged(peft_model, path), which writes a model that transformers loads alone."
         )
     base = peft_model.get_base_model()
-    ranks, alphas = layout(peft_model, adapter_name)
     ours = {field.name for field in fields(config)} - {field.name for field in fields(LoraConfig)}
     with whole_folder(path) as folder:
         write_adapter(peft_model, adapter_name, folder)
         _cast_saved(folder / SAFETENSORS_WEIGHTS_NAME, base)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         facts = {name: value for name, value in facts.items() if name not in ours}
-        facts.update(
-            peft_type="LORA",
-            target_modules=_targets(ranks, base),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            rank_pattern=_pattern(ranks, config.r),
-            alpha_pattern=_pattern(alphas, config.lora_alpha),
-        )
+        facts |= {"peft_type": "LORA", **exact_facts(peft_model, adapter_name, _pattern)}
+        facts["target_modules"] = _targets(facts["target_modules"], base)
         write_whole(folder / CONFIG_NAME, json.dumps(facts, indent=2, sort_keys=True))
     return Path(path)
 
@@ -116,8 +109,10 @@ def _cast_saved(file: Path, base: nn.Module) -> None:
         save_file(cast, file, metadata={"format": "pt"})
 
 
-def _targets(names: Iterable[str], base: nn.Module) -> list[str] | str:
+def _targets(names: Any, base: nn.Module) -> Any:
     """The names as a list where peft, which also takes suffixes, finds just these; else as an anchored expression."""
+    if not isinstance(names, list):
+        return names
     listed = sorted(names)
     probe = LoraMatch(listed)
     if all(name in listed for name, _, _ in named_leaves(base) if probe.matches(name)):

@@ -31,11 +31,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .card import model_card
 from .components import BLOCK_ROLES, named_leaves
 from .embedded import VIT_NANO, call_by_name, located
+from .layout import exact_facts, plasticity_config
 from .names import renamed_keys
 from .processors import accept_image_size, output_size
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
 from .tuner.settle import adopt_names, exact_pattern, fits, in_names_of
+from .tuner.undo import undone_on_error
 from .untrusted import read_json, validate_adapter_config
 
 
@@ -103,22 +105,24 @@ class AutoPlasticModelForImageClassification:
         if isinstance(base_model, nn.Module):
             base: Any = base_model
             source = getattr(base, "name_or_path", "")
-            _relabel(base, config.labels)
+            _check_labels(base, config.labels)
         else:
             source = located(base_model) if base_model is not None else _base_name(config, remote)
             base, unsettled = _load_base(source, config, base_model is None, hub, model_kwargs)
         recorded = config.checkpoint_names
         adopt_names(config, base)
         config.inference_mode = not is_trainable
-        model = _load_adapter(base, config, recorded, adapter_name, weights)
+        with undone_on_error(config, base, adapter_name):
+            model = _load_adapter(base, config, recorded, adapter_name, weights)
+            if saved_report is not None:
+                config.report = _fitting(saved_report, base, recorded)
+        _relabel(base, config)
         if missing := sorted(name for name in unsettled if not _replaced(name, config.modules_to_save or ())):
             warnings.warn(
                 f"The base model {source} has no weights for {missing[0]} ({len(missing)} such), nor has the adapter: they are "
                 "as initialised. If the adapter was made for another base model, pass it as base_model=.",
                 stacklevel=2,
             )
-        if saved_report is not None:
-            config.report = _fitting(saved_report, base, recorded)
         if not is_trainable:
             model.eval()
         model.image_processor = _image_processor(folder, source, _of_base(config, base_model is None, source, hub))  # type: ignore[assignment]
@@ -166,22 +170,16 @@ def save_adapter(
     config = plasticity_config(peft_model, adapter_name)
     report = report if report is not None else config.report
     image_processor = image_processor if image_processor is not None else getattr(peft_model, "image_processor", None)
-    labels = getattr(getattr(peft_model.get_base_model(), "config", None), "id2label", None)
+    base_config = getattr(peft_model.get_base_model(), "config", None)
+    labels = getattr(base_config, "id2label", None)
     # an older adapter in the same folder must not lend its report to this one
     with whole_folder(path, instead_of=(REPORT_NAME, PICTURE_NAME, PROCESSOR_NAME)) as folder:
         write_adapter(peft_model, adapter_name, folder, state_dict)
         facts = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        ranks, alphas = layout(peft_model, adapter_name)
-        facts.update(
-            target_modules=sorted(ranks) or config.target_modules,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            rank_pattern=exact_pattern(ranks, config.r),
-            alpha_pattern=exact_pattern(alphas, config.lora_alpha),
-        )
+        facts |= exact_facts(peft_model, adapter_name, exact_pattern)
         if labels:
             facts["labels"] = [str(labels[index]) for index in sorted(labels)]
+        facts["problem_type"] = getattr(base_config, "problem_type", None)
         write_whole(folder / CONFIG_NAME, json.dumps(facts, indent=2))
         if report is not None:
             report.save(folder)
@@ -347,6 +345,8 @@ def _load_base(
         # files may be in half precision to be small, which is not what adapters are trained on
         kwargs["dtype"] = torch.float32
     kwargs = {"use_safetensors": True, "trust_remote_code": False, **kwargs, "output_loading_info": True}
+    if config.problem_type is not None:
+        kwargs["problem_type"] = config.problem_type
     if config.labels is not None:
         kwargs |= {
             "id2label": dict(enumerate(config.labels)),
@@ -371,17 +371,22 @@ def _of_base(config: PlasticityConfig, named_by_adapter: bool, source: str, hub:
     return {**hub, "revision": config.revision if named_by_adapter and not Path(source).is_dir() else None}
 
 
-def _relabel(base: Any, labels: list[str] | None) -> None:
+def _check_labels(base: Any, labels: list[str] | None) -> None:
     config: Any = getattr(base, "config", None)
-    if labels is None or not hasattr(config, "id2label"):
-        return
-    if config.num_labels != len(labels):
+    if labels is not None and hasattr(config, "id2label") and config.num_labels != len(labels):
         raise ValueError(
             f"base_model has {config.num_labels} labels and the adapter {len(labels)}: load it with num_labels={len(labels)} and "
             "ignore_mismatched_sizes=True, or pass its name instead of the module."
         )
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _relabel(base: Any, adapter: PlasticityConfig) -> None:
+    config: Any = getattr(base, "config", None)
+    if adapter.labels is not None and hasattr(config, "id2label"):
+        config.id2label = dict(enumerate(adapter.labels))
+        config.label2id = {label: index for index, label in enumerate(adapter.labels)}
+    if adapter.problem_type is not None and hasattr(config, "problem_type"):
+        config.problem_type = adapter.problem_type
 
 
 def _load_adapter(
@@ -396,9 +401,18 @@ def _load_adapter(
     for name in config.modules_to_save or ():
         if not any(other == name or other.endswith(f".{name}") for other in known):
             raise ValueError(f"{CONFIG_NAME}: modules_to_save names {name!r}, which this model does not have.")
+    named = {*known, *(name for name, _ in base.named_parameters())}
+    ends = {".".join(name.split(".")[first:]) for name in named for first in range(name.count(".") + 1)}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if nowhere := next((key for key in getattr(config, pattern) or {} if key not in ends), None):
+            # peft tries every key on every module, so that many idle ones take hours
+            raise ValueError(f"{CONFIG_NAME}: {pattern} names {nowhere!r}, which this model does not have.")
     # initial values are about to be overwritten, except where the initialisation changes the base weights as well
     mutating = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
-    model = PeftModel(base, config, adapter_name=adapter_name, low_cpu_mem_usage=not mutating)
+    # peft would take weights that are in no memory yet in the model's dtype, in which they lose digits
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
+    unfilled = not mutating and not half
+    model = PeftModel(base, config, adapter_name=adapter_name, low_cpu_mem_usage=unfilled)
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     keys = renamed_keys(shapes, base, recorded)
     wrong = {
@@ -415,7 +429,7 @@ def _load_adapter(
             f"{weights} does not fit its config and base model: it {next(iter(wrong))[:400]} ({len(wrong)} such differences)."
         )
     tensors = {keys[key]: tensor for key, tensor in load_file(weights).items()}
-    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=not mutating)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=unfilled)
     tuner: Any = model.base_model
     tuner._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=True)
     return model
@@ -461,38 +475,6 @@ def _image_processor(folder: Path, source: str, hub: dict[str, Any]) -> Any:
 
 
 # --- what saving and exporting share -----------------------------------------------------------------------------------
-
-
-def plasticity_config(peft_model: PeftModel, adapter_name: str) -> PlasticityConfig:
-    """The config of one adapter; a `ValueError` if there is none of that name, or it is not PLASTICITY."""
-    config = getattr(peft_model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, PlasticityConfig):
-        raise ValueError(
-            f"The model has no plasticity adapter {adapter_name!r}; its adapters are "
-            f"{sorted(getattr(peft_model, 'peft_config', {}))}: pass adapter_name=."
-        )
-    return config
-
-
-def layout(peft_model: PeftModel, adapter_name: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Exact names of the modules that an adapter sits on, with their ranks and alphas as they are in the model.
-
-    The ranks of a full adapter are the config's, as it has none of its own.
-    """
-    config = plasticity_config(peft_model, adapter_name)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, module, opaque in named_leaves(peft_model.get_base_model()):
-        held: Any = module
-        # a parameter adapted by itself is not its module adapted
-        if not opaque or not (hasattr(held, "lora_A") or hasattr(held, "lora_full")) or hasattr(held, "parameter_name"):
-            continue
-        if hasattr(held, "lora_full"):
-            if adapter_name in held.lora_full:
-                ranks[name], alphas[name] = config.r, config.lora_alpha
-        elif adapter_name in held.r:
-            ranks[name], alphas[name] = held.r[adapter_name], held.lora_alpha[adapter_name]
-    return ranks, alphas
 
 
 def write_adapter(

@@ -36,11 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"it holds the key {_short(twice)} twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"it holds the key {_short(key)} twice")
+            found[key] = value
         return found
 
     def refuse(constant: str) -> Any:
@@ -208,6 +208,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "labels": (
         _maybe(lambda v: isinstance(v, list) and 0 < len(v) <= MAX_NAMES and all(map(_text(1000), v))),
         "a list of label names, or null",
+    ),
+    "problem_type": (
+        _maybe(_one_of("regression", "single_label_classification", "multi_label_classification")),
+        "a kind of classification as transformers has it, or null",
     ),
     "checkpoint_names": (_maybe(_mapping(_filed, _filed)), "plain module names by plain module names, or null"),
 }

@@ -724,3 +724,34 @@ def test_push_and_pull_with_the_real_client(hub, base_folder, report, tmp_path):
     assert "adapter_model.bin is never read" in pulled[3][6] and "pass base_model=" in pulled[3][7]
     assert not any("adapter_model.bin" in request for request in hub.requests)
     assert [request for request in hub.unknown if not request.endswith("agent-harnesses")] == []
+
+
+def test_what_labels_mean_comes_back(base_folder, report, tmp_path):
+    """Without it pipelines would squeeze several labels at once into one distribution."""
+    model = trained(base_folder, plasticity=report, top_k=1)
+    model.config.problem_type = "multi_label_classification"
+    save_adapter(model, tmp_path)
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.problem_type == "multi_label_classification"
+    onto = AutoPlasticModelForImageClassification.from_pretrained(tmp_path, base_model=load_base(base_folder))
+    assert onto.config.problem_type == "multi_label_classification"
+
+
+def test_no_adapter_adopts_the_report_of_an_earlier_one(base_folder, report, tmp_path):
+    """Without it a folder that is used twice would show why modules were chosen that nobody chose."""
+    trained(base_folder, plasticity=report, top_k=1).save_pretrained(tmp_path)
+    assert PlasticityConfig.from_pretrained(str(tmp_path)).report == report
+    scores = {vit_name("vit.layers.0.mlp.fc1"): 7.0}
+    for options in ({"target_modules": [FC1]}, {"plasticity": scores, "top_k": 1}):
+        trained(base_folder, **options).save_pretrained(tmp_path)
+        assert PlasticityConfig.from_pretrained(str(tmp_path)).report is None
+
+
+def test_an_adapter_keeps_its_digits_in_half_precision(base_folder, report, tmp_path):
+    """Without it float32 adapters would be rounded to the dtype that the model is loaded in."""
+    model = trained(base_folder, plasticity=report, top_k=1)
+    save_adapter(model, tmp_path)
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16, is_trainable=True)
+    mine, theirs = (dict(m.named_parameters()) for m in (model, loaded))
+    lora = [name for name in mine if "lora_" in name]
+    assert lora and all(torch.equal(mine[name], theirs[name]) for name in lora)

@@ -1,6 +1,7 @@
 """The tuner as users meet it: get_peft_model, save, load, merge, and what it refuses."""
 
 import copy
+import itertools
 import json
 import pickle
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 from plastic_peft import PlasticityConfig, export_lora, measure_plasticity, save_adapter
 from plastic_peft.components import trace
 from plastic_peft.report import PlasticityReport, lora_cost_per_rank
+from plastic_peft.tuner import PlasticityModel
 from plastic_peft.tuner.settle import _check_reach
 
 
@@ -402,3 +404,36 @@ def test_a_report_of_another_architecture_is_refused(report):
         get_peft_model(longer, PlasticityConfig(plasticity=part, top_k=1))
     with pytest.raises(ValueError, match=r"describes another architecture .*vit\..*\.0\..* is not in this model"):
         get_peft_model(other, PlasticityConfig(plasticity=report, top_k=1))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_base_weights_survive_an_initialisation_that_fails(init, monkeypatch):
+    """Without it a model would have lost its principal components to an adapter that it does not carry."""
+    model = models.transformers_model("vit")
+    before, modules = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    real, calls = PlasticityModel._create_and_replace, itertools.count()
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(PlasticityModel, "_create_and_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        get_peft_model(model, PlasticityConfig(target_modules="all-linear", init_lora_weights=init))
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not hasattr(model, "peft_config")
+
+
+def test_what_is_to_be_saved_has_to_be_there():
+    """Without it a head of another name would stay untrained, and the adapter could not be loaded."""
+    with pytest.raises(ValueError, match="modules_to_save names 'classifer'.*Did you mean 'classifier'"):
+        get_peft_model(
+            models.transformers_model("vit"),
+            PlasticityConfig(target_modules=["fc1", "dense"], modules_to_save=["classifer"]),
+        )
+    # peft itself adds names for this task
+    config = PlasticityConfig(target_modules=["fc1", "dense"], task_type="SEQ_CLS")
+    adapted = get_peft_model(models.transformers_model("vit"), config)
+    assert adapted.peft_config["default"].modules_to_save == ["classifier"]

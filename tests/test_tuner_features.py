@@ -708,7 +708,9 @@ def test_rank_and_alpha_pattern(base, adapter):
 def test_target_parameters(base, pixels, adapter, tmp_path):
     """Parameters that are targeted by name would be dropped in favour of a selection."""
     before = logits(base, pixels)
-    config = PlasticityConfig(adapter=adapter, target_parameters=[f"{FC1}.weight"], init_lora_weights=False)
+    config = PlasticityConfig(
+        adapter=adapter, target_parameters=[f"{FC1}.weight"], init_lora_weights=False, rank_pattern={f"{FC1}.weight": 2}
+    )
     model = get_peft_model(base, config).eval()
     assert model.targeted_parameter_names == [f"{FC1}.weight"]
     after = logits(model, pixels)

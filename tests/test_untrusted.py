@@ -348,3 +348,44 @@ def test_fuzzed_adapters_load_or_are_refused(honest, mutation):
             assert torch.isfinite(model(pixel_values=torch.zeros(1, 3, 32, 32)).logits).all()
     finally:
         path.write_text(original)
+
+
+def test_many_keys_take_no_time(folder):
+    """Without it a small file could keep the loader busy for hours."""
+    path = folder / "adapter_config.json"
+    path.write_text("{" + ",".join(f'"a{number}": 1' for number in range(300_000)) + ', "a7": 2}')
+    with pytest.raises(ValueError, match="holds the key 'a7' twice"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_patterns_for_no_module_are_refused(folder, pattern):
+    """Without it peft would try each of 100,000 patterns on every module."""
+    path = folder / "adapter_config.json"
+    facts = json.loads(path.read_text())
+    facts[pattern] = {**{f"a{number}": 2 for number in range(90_000)}, **facts[pattern]}
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"{pattern} names 'a0'"):
+        load(folder)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(folder, honest):
+    """Without it a model that was passed would go on with layers that hold nothing, and with another's labels."""
+    base = AutoModelForImageClassification.from_pretrained(honest.parent / "base")
+    pixels = torch.randn(2, 3, 32, 32)
+    before, labels, modules = (
+        base(pixels).logits,
+        dict(base.config.id2label),
+        [name for name, _ in base.named_modules()],
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "labels": ["one", "two"]}))
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({**weights, "more": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit"):
+        AutoPlasticModelForImageClassification.from_pretrained(folder, base_model=base)
+    assert [name for name, _ in base.named_modules()] == modules and not hasattr(base, "peft_config")
+    assert torch.equal(base(pixels).logits, before) and base.config.id2label == labels
+    save_file(weights, folder / "adapter_model.safetensors")
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(folder, base_model=base)
+    assert loaded.config.id2label == {0: "one", 1: "two"}

@@ -91,6 +91,9 @@ class PlasticityConfig(LoraConfig):
         labels (`list[str]`, *optional*):
             Label names in the order of the head's outputs. Filled in from the model's config and saved, so that loading
             restores the head's size and names.
+        problem_type (`str`, *optional*):
+            What the labels mean, as in the model's config: `"multi_label_classification"` has pipelines use a sigmoid. Filled in
+            and saved like the labels.
         checkpoint_names (`dict[str, str]`, *optional*):
             Module names to names in the base model's checkpoint files where they differ, `*` standing for block
             numbers. Filled in and saved, so that releases of transformers with other module names find the modules.
@@ -147,6 +150,9 @@ class PlasticityConfig(LoraConfig):
     )
     labels: Optional[list[str]] = field(
         default=None, metadata={"help": "Label names in the order of the head's outputs, filled in from the model."}
+    )
+    problem_type: Optional[str] = field(
+        default=None, metadata={"help": "What the labels mean, as in the model's config, filled in from the model."}
     )
     checkpoint_names: Optional[dict[str, str]] = field(
         default=None,
@@ -256,11 +262,14 @@ class PlasticityConfig(LoraConfig):
         beside = Path(pretrained_model_name_or_path, subfolder or "", REPORT_NAME)
         if isinstance(config, PlasticityConfig) and beside.is_file():
             try:
-                config._report = PlasticityReport.load(beside)
+                report = PlasticityReport.load(beside)
             except ValueError as error:
                 warnings.warn(f"The adapter is loaded without its report: {error}", UserWarning, stacklevel=2)
+                return config
             if config.selected_modules is None and config.target_modules is None:
-                config.plasticity = config._report
+                config.plasticity = config._report = report
+            elif config.selected_modules is not None and _made_the_selection(report, config):
+                config._report = report
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -273,6 +282,15 @@ class PlasticityConfig(LoraConfig):
             write_whole(path, json.dumps(facts, indent=2))
         if self._report is not None:
             self._report.save(path.parent)
+
+
+def _made_the_selection(report: PlasticityReport, config: PlasticityConfig) -> bool:
+    """Whether the scores of a selection are this report's, and not those of an adapter that was in the folder before."""
+    try:
+        scores = {candidate.score for candidate in report.candidates(config.signal)}
+    except ValueError:
+        return False
+    return scores.issuperset((config.selected_modules or {}).values())
 
 
 def _refuse_lora_options(config: LoraConfig) -> None:
@@ -289,7 +307,8 @@ def _refuse_lora_options(config: LoraConfig) -> None:
 def _checked_scores(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         raise TypeError(
-            f"{name} is a {type(value).__name__}: pass a PlasticityReport, its path, or a dict of module names to scores."
+            f"{name} is a {type(value).__name__}: pass a PlasticityReport, its path, or a dict of module names to scores. The "
+            "options of a selection go beside it, as in PlasticityConfig(plasticity=report, top_k=1)."
         )
     if not value or len(value) > MAX_NAMES:
         raise ValueError(f"{name} names {len(value):,} modules: pass between 1 and {MAX_NAMES:,}.")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -19,6 +18,7 @@ from .config import PlasticityConfig
 from .layer import FullLayer, trainable_names
 from .saved import SavedModule, cast_saved, combine, holders, put_in_place, saved_whole
 from .settle import exact_pattern, settle
+from .undo import undone_on_error
 
 
 _TWICE = "would be trained whole in two ways, by an adapter's modules_to_save and by one with adapter='full'"
@@ -53,7 +53,7 @@ class PlasticityModel(LoraModel):
         if not isinstance(config, PlasticityConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        with _undone_on_error(config, model, adapter_name):
+        with undone_on_error(config, model, adapter_name):
             settle(config, model)
             self._check_targets(config, model)
             selected = None if config.selected_modules is None else set(config.selected_modules)
@@ -328,29 +328,3 @@ class PlasticityModel(LoraModel):
         )
         # peft's conversion drops what is saved whole, such as the head
         return {**{key: weight for key, weight in weights.items() if f".{cls.prefix}" not in key}, **converted}
-
-
-@contextmanager
-def _undone_on_error(config: PlasticityConfig, model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Give config and model back their fields, modules and gradient flags if adding the adapter fails."""
-    fields = dict(vars(config))
-    children = [(module, dict(module._modules)) for module in model.modules()]
-    layers = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for layer, active in layers:
-            if adapter_name in layer._all_available_adapter_names():
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    layer.delete_adapter(adapter_name)
-                layer._active_adapter = active
-        for module, held in children:
-            module._modules.clear()
-            module._modules.update(held)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        vars(config).clear()
-        vars(config).update(fields)
-        raise

@@ -40,6 +40,9 @@ from .layer import packed_dtype
 
 logger = logging.getLogger(__name__)
 
+# what peft saves whole for classification tasks, whether the model has it or not
+_USUAL_HEADS = ("classifier", "score")
+
 
 def settle(config: PlasticityConfig, model: nn.Module) -> None:
     """Fill `target_modules`, `selected_modules`, ranks and `modules_to_save` of `config` in, measuring only if needed.
@@ -87,6 +90,7 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
         config.modules_to_save = list(dict.fromkeys(saved)) or None
         if head:
             logger.info("modules_to_save='auto' found the head: %s", ", ".join(head))
+    _check_saved(config, modules)
     _check_reach(found_norms, modules)
     for name, module in modules.items():
         if name.endswith(tuple(config.modules_to_save or ())) and (packed := packed_dtype(module)):
@@ -94,6 +98,19 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
                 f"modules_to_save trains whole weights, and those of {name} are quantised ({packed}): load the model with this "
                 f"module left as it is, for bitsandbytes with BitsAndBytesConfig(..., llm_int8_skip_modules=[{name!r}])."
             )
+
+
+def _check_saved(config: PlasticityConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Names of `modules_to_save` have to be there; those that peft adds for a task go by what most models have."""
+    for name in list(config.modules_to_save or ()):
+        if any(other.endswith(name) for other in modules):
+            continue
+        if config.task_type is None or name not in _USUAL_HEADS:
+            raise ValueError(
+                f"modules_to_save names {name!r}, which this model does not have.{nearest(name, modules)} 'auto' finds the head by "
+                "itself."
+            )
+        config.modules_to_save = [other for other in config.modules_to_save or () if other != name] or None
 
 
 def _check_reach(names: Iterable[str], modules: Iterable[str]) -> None:
@@ -142,6 +159,7 @@ def adopt_names(config: PlasticityConfig, model: nn.Module) -> None:
     # what was filled in for one model is no wish for the next
     if labels and (config.labels is None or config.labels is config._found_labels):
         config.labels = config._found_labels = [str(labels[index]) for index in sorted(labels)]
+        config.problem_type = getattr(model.config, "problem_type", None)
 
 
 def _adopt_patterns(config: PlasticityConfig, model: nn.Module) -> None:
