@@ -15,7 +15,8 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
-from .data import DIGITS, checked_images, load_images, load_labelled
+from .data import DIGITS, load_images, load_labelled
+from .processors import output_size
 from .report import PlasticityReport
 from .selection import check_options
 from .tuner import PlasticityConfig
@@ -192,7 +193,9 @@ class DataArguments(LabelledArguments, ImageArguments):
     validation_dir: Optional[str] = field(default=None, metadata={"help": "Folder or file of the validation images."})
     augment: Literal["auto", "none", "flip", "crop"] = field(
         default="auto",
-        metadata={"help": "Mirror images at random, and crop them; 'auto' is 'crop', and 'none' for digits."},
+        metadata={
+            "help": "Mirror images at random, and crop them; 'auto' is 'crop' ('flip' for models of patches), and 'none' for digits."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -220,11 +223,21 @@ class DataArguments(LabelledArguments, ImageArguments):
             {split: at_most(limit, data[split], self.split_seed) for split, limit in limits.items()}
         )
 
-    @property
-    def augmentation(self) -> str:
-        if self.augment != "auto":
-            return self.augment
-        return "none" if self.dataset_name == DIGITS else "crop"
+    def augmentation(self, processor: Any) -> str:
+        """How training images are augmented for this image processor.
+
+        Raises:
+            ValueError: If they are to be cropped, and the processor does not say to which size.
+        """
+        if self.augment == "auto" and self.dataset_name == DIGITS:
+            return "none"
+        try:
+            output_size(processor)
+        except ValueError:
+            if self.augment == "crop":
+                raise
+            return "flip" if self.augment == "auto" else self.augment
+        return "crop" if self.augment == "auto" else self.augment
 
 
 @dataclass
@@ -251,13 +264,9 @@ class EvaluationArguments(LabelledArguments):
                 **options,
             )
         else:
+            # all images are looked at: those that training left out before a split was cut would make another cut
             values = {f.name: getattr(self, f.name) for f in fields(LabelledArguments)}
-            # images that are left out before a split is cut make another cut; otherwise only its own need be looked at
-            checked = self.corrupt_images == "skip"
-            values |= {"max_eval_samples": None, "corrupt_images": "skip" if checked else "unchecked"}
-            images = DataArguments(**values).load(**options)[self.split]
-            if self.corrupt_images == "refuse":
-                images = checked_images(images, self.split, "refuse")
+            images = DataArguments(**{**values, "max_eval_samples": None}).load(**options)[self.split]
         return at_most(self.max_eval_samples, images, self.split_seed)
 
 
@@ -385,6 +394,8 @@ class PlasticityArguments(MeasurementArguments, ReportArguments):
         options = self.selection_options()
         for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"):
             options[name] = getattr(self, name)
+        if self.target_modules == ["all-linear"]:
+            options["target_modules"] = "all-linear"
         config = PlasticityConfig(plasticity=None if settled else report, **{**options, **settled})
         config.report = report
         return config

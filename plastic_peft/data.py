@@ -37,7 +37,7 @@ AUGMENT = ("auto", "none", "flip", "crop")
 
 _SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "training": "train", "testing": "test"}
 _IMAGE_NAMES = ("image", "img", "images", "picture", "image_path", "file_name", "filename", "path", "file")
-_LABEL_NAMES = ("label", "labels", "class", "target", "category", "y")
+_LABEL_NAMES = ("label", "labels", "class", "target", "category")
 _FILES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _WHERE_LABELS_ARE = (
@@ -72,8 +72,8 @@ def load_images(
 
     In an image folder the classes are folders (`photos/cat/1.jpg`), inside folders named after splits if there are any
     (`photos/train/cat/1.jpg`); other files among the images do not matter. A missing split is cut from the training
-    images: stratified by label, the same for the same seed. A split whose labels are hidden (-1 or missing) counts as
-    missing. Counts per class are logged, with a warning where one class has 10 times as many training images as
+    images: stratified by label, the same for the same seed. A split all of whose labels are hidden (-1 or missing) counts
+    as missing. Counts per class are logged, with a warning where one class has 10 times as many training images as
     another, or none at all.
 
     Args:
@@ -165,7 +165,7 @@ def load_labelled(
 
 def load_unlabelled(
     name: str | os.PathLike[str],
-    split: str = "test",
+    split: str | None = None,
     *,
     config: str | None = None,
     image_column: str | None = None,
@@ -177,7 +177,7 @@ def load_unlabelled(
 
     Args:
         name: The image file, folder, data file or data set; folders need no class folders.
-        split: The split to take where the source has it; otherwise its first.
+        split: The split to take where the source has it, otherwise its first; by default all images, split after split.
         config, image_column, corrupt, token, cache_dir: As for `load_images`.
 
     Returns:
@@ -188,11 +188,15 @@ def load_unlabelled(
     """
     _check_corrupt(corrupt)
     splits = _load(name, config, image_column, {"token": token, "cache_dir": cache_dir})
-    split = split if split in splits else next(iter(splits))
-    data = splits[split]
-    data = _named_columns(data, split, {"image": image_column or find_image_column(data)})
-    data = data.add_column("file", image_names(data))
-    return data if corrupt == "unchecked" else checked_images(data, split, corrupt)
+    if split is not None:
+        split = split if split in splits else next(iter(splits))
+        splits = {split: splits[split]}
+    parts = []
+    for part, data in splits.items():
+        images = _named_columns(data, part, {"image": image_column or find_image_column(data)})
+        images = images.add_column("file", image_names(images))
+        parts.append(images if corrupt == "unchecked" else checked_images(images, part, corrupt))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def image_names(data: datasets.Dataset, image_column: str = "image") -> list[str]:
@@ -390,8 +394,8 @@ def find_image_column(data: datasets.Dataset) -> str:
         ValueError: If there is none or more than one.
     """
     typed = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    texts = [name for name, feature in data.features.items() if _is_text(feature)]
-    found = typed or [name for name in texts if name.lower() in _IMAGE_NAMES][:1]
+    likely = [name for name, feature in data.features.items() if _is_text(feature) or _is_binary(feature)]
+    found = typed or [name for name in likely if name.lower() in _IMAGE_NAMES][:1]
     if len(found) != 1:
         raise ValueError(
             f"The images are in {'one of' if found else 'none of'} the columns {', '.join(found or data.column_names)}: say "
@@ -401,14 +405,15 @@ def find_image_column(data: datasets.Dataset) -> str:
 
 
 def find_label_column(data: datasets.Dataset) -> str:
-    """The column that holds class labels.
+    """The column that holds class labels: the one of that type, else one with a usual name, `label` before others.
 
     Raises:
         ValueError: If there is none or more than one.
     """
     found = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) != 1:
-        found = [name for name in found or data.column_names if name.lower() in _LABEL_NAMES][:1] or found
+        named = [name for name in found or data.column_names if name.lower() in _LABEL_NAMES]
+        found = [name for name in named if name.lower() in _LABEL_NAMES[:2]] or named or found
     if len(found) != 1:
         raise ValueError(
             f"The labels are in {'one of' if found else 'none of'} the columns {', '.join(found or data.column_names)}: say "
@@ -421,11 +426,18 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
+def _is_binary(feature: Any) -> bool:
+    """Bytes of image files, by themselves or beside their paths, as in files that lost the types of their columns."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
 def _as_image_column(data: datasets.Dataset, column: str) -> datasets.Dataset:
     feature = data.features[column]
     if isinstance(feature, datasets.Image):
         return data
-    if not _is_text(feature) and getattr(feature, "dtype", "") not in ("binary", "large_binary"):
+    if not _is_text(feature) and not _is_binary(feature):
         raise ValueError(f"Column {column!r} holds {feature}, not images: say which column does with image_column.")
     return data.cast_column(column, datasets.Image())
 
@@ -447,44 +459,52 @@ def _named_columns(data: datasets.Dataset, split: str, columns: Mapping[str, str
 def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
     """Give all splits the same `ClassLabel`, and drop a split whose labels are hidden."""
     values: dict[str, list[Any]] = {}
+    # classes are those of the training images, whatever the order of the splits
+    splits = {split: splits[split] for split in sorted(splits, key=lambda split: split != "train")}
     for split, data in splits.items():
-        column = data.with_format(None)["label"][:] if "label" in data.column_names else [None]
-        hidden = sum(value is None or value == -1 for value in column)
-        if hidden and split == "train":
-            first = next(index for index, value in enumerate(column) if value is None or value == -1)
-            raise ValueError(
-                f"{hidden} of {len(column)} training images have no label, such as {image_names(data)[first]}: label "
-                f"or remove them. {_WHERE_LABELS_ARE}"
-            )
-        if hidden:
-            logger.warning("The labels of %d %s images are hidden: that split is not used.", hidden, split)
+        column = data.with_format(None)["label"][:] if "label" in data.column_names else [None] * len(data)
+        feature = data.features.get("label")
+        hidden = [index for index, value in enumerate(column) if _is_hidden(value, column, feature)]
+        if len(hidden) == len(column) and split != "train":
+            logger.warning("The labels of the %d %s images are hidden: that split is not used.", len(column), split)
             continue
-        feature = data.features["label"]
+        if hidden:
+            raise ValueError(
+                f"{len(hidden)} of {len(column)} {'training' if split == 'train' else split} images have no label, such as "
+                f"{image_names(data)[hidden[0]]}: label or remove them. {_WHERE_LABELS_ARE}"
+            )
         values[split] = [feature.int2str(v) for v in column] if isinstance(feature, datasets.ClassLabel) else column
     first = splits["train"].features["label"]
     if all(splits[split].features["label"] == first for split in values) and isinstance(first, datasets.ClassLabel):
         return {split: splits[split] for split in values}
 
     known = list(first.names) if isinstance(first, datasets.ClassLabel) else []
+    # a class may be a number in one split and its name in another
     for split, column in values.items():
         odd = next((v for v in column if not isinstance(v, (str, int)) or isinstance(v, bool)), None)
         if odd is not None:
             raise ValueError(
                 f"The {split} split has the label {str(odd)[:60]!r}: labels must be names or whole numbers."
             )
-        new = set(column) - set(known)
+        new = {v for v in set(column) if str(v) not in known}
         if new and known and split != "train":
             raise ValueError(
                 f"The {split} split has the class {sorted(map(str, new))[0]!r}, which the training images lack."
             )
-        known += sorted(new, key=lambda v: (isinstance(v, str), v))
+        known += dict.fromkeys(str(v) for v in sorted(new, key=lambda v: (isinstance(v, str), v)))
     place = {name: index for index, name in enumerate(known)}
-    label = datasets.ClassLabel(names=[str(name) for name in known])
+    label = datasets.ClassLabel(names=known)
     encoded = {}
     for split, column in values.items():
-        data = splits[split].remove_columns(["label"]).add_column("label", [place[v] for v in column])
+        data = splits[split].remove_columns(["label"]).add_column("label", [place[str(v)] for v in column])
         encoded[split] = data.cast_column("label", label)
     return encoded
+
+
+def _is_hidden(value: Any, column: Sequence[Any], feature: Any) -> bool:
+    """-1 hides the class of a `ClassLabel`, and of a whole column of numbers; beside other numbers it is one of them."""
+    hides = isinstance(feature, datasets.ClassLabel) or all(other in (-1, None) for other in column)
+    return value is None or (value == -1 and hides)
 
 
 def _check_classes(train: datasets.Dataset) -> None:
@@ -695,8 +715,13 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 def resize_to(processor: Any, size: int) -> None:
     """Make an image processor put out images of `size` x `size` pixels."""
     current = processor.size
-    processor.size = (
-        type(current)(**dict.fromkeys(dict(current), size)) if "height" in current else {"height": size, "width": size}
-    )
-    if getattr(processor, "crop_size", None):
+    crop = getattr(processor, "crop_size", None)
+    if "height" in current:
+        processor.size = type(current)(**dict.fromkeys(dict(current), size))
+    elif crop and "shortest_edge" in current:
+        # what is cut off stays the same share, and nothing is squeezed
+        processor.size = {"shortest_edge": round(size * current["shortest_edge"] / crop["height"])}
+    else:
+        processor.size = {"height": size, "width": size}
+    if crop:
         processor.crop_size = {"height": size, "width": size}

@@ -94,8 +94,8 @@ class AutoPlasticModelForImageClassification:
             PermissionError: If the repository is gated, or the token may not read it.
             ValueError: If the adapter is not what a plasticity adapter is, or does not fit the base model.
         """
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder, remote = _folder(adapter_id_or_path, revision, subfolder, hub)
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder, remote = adapter_folder(adapter_id_or_path, revision, subfolder, **hub)
         config = PlasticityConfig(**validate_adapter_config(read_json(_present(folder / CONFIG_NAME))))
         weights = _present(folder / WEIGHTS_NAME)
         report = folder / REPORT_NAME
@@ -269,10 +269,20 @@ def _leave_out_paths(folder: Path) -> None:
 # --- loading -----------------------------------------------------------------------------------------------------------
 
 
-def _folder(
-    adapter: str | os.PathLike[str], revision: str | None, subfolder: str | None, hub: dict[str, Any]
+def adapter_folder(
+    adapter: str | os.PathLike[str],
+    revision: str | None = None,
+    subfolder: str | None = None,
+    files: Iterable[str] = (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, PROCESSOR_NAME),
+    **hub: Any,
 ) -> tuple[Path, bool]:
-    """The folder that holds the adapter's files, and whether it came from the Hub."""
+    """The folder that holds those of an adapter's `files` that there are, and whether it came from the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository.
+        PermissionError: If the repository is gated, or the token may not read it.
+        ValueError: If `subfolder` leads out of the adapter's folder.
+    """
     inside = Path(subfolder or "")
     if inside.is_absolute() or ".." in inside.parts:
         raise ValueError(f"subfolder={subfolder!r} leads out of the adapter's folder.")
@@ -282,7 +292,6 @@ def _folder(
     name = os.fspath(adapter)
     if not _is_repo_id(name):
         raise FileNotFoundError(f"{name} is neither a folder nor the name of a Hub repository (user/name).")
-    files = (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME, PROCESSOR_NAME)
     try:
         found = snapshot_download(
             name, revision=revision, allow_patterns=[(inside / file).as_posix() for file in files], **hub

@@ -29,6 +29,7 @@ WHOLE_NAME = "whole.json"
 TRAINED_NAME = "trained.json"
 LOCK_NAME = ".lock"
 _IMAGES = "images"
+_OF_A_RUN = (REPORT_NAME, SELECTION_NAME, TRAINED_NAME, RESULTS_NAME)
 
 
 @contextlib.contextmanager
@@ -63,59 +64,87 @@ def reserved(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def open_run(folder: Path, noted: Mapping[str, Any], report: str | None = None, *, start_over: bool = False) -> None:
-    """Note what a run is asked for, or check that it is what the folder's earlier run was asked for.
+def check_run(folder: Path, noted: Mapping[str, Any], report: str | None = None) -> None:
+    """Raise a `ValueError` if the folder holds a run with other arguments, or a report of which no run is known.
 
     Args:
         noted: What decides the result, as of `arguments.as_noted`.
         report: Path of the report that was given.
+    """
+    if (folder / RUN_NAME).is_file():
+        check_note(folder, noted)
+    elif (folder / REPORT_NAME).is_file() and not _is_own(folder, report):
+        raise ValueError(
+            f"{folder} holds a report, but no run: select by it with report (--report {folder / REPORT_NAME}), choose another "
+            "output_dir, or remove it with start_over (--start_over)."
+        )
+
+
+def open_run(
+    folder: Path,
+    noted: Mapping[str, Any],
+    images: Mapping[str, str],
+    report: str | None = None,
+    *,
+    start_over: bool = False,
+) -> None:
+    """Note what a run is asked for and on which images, or check that it is what the folder's earlier run was asked for.
+
+    Call it when all that the arguments name has been found: what it removes or notes is not to go with a mistake in them.
+
+    Args:
+        noted, report: As for `check_run`.
+        images: What tells the images of each split from others, as of `data.digests`.
         start_over: Remove an earlier run first, but not the report that was given.
 
     Raises:
-        ValueError: If the folder holds a run with other arguments, or a report of which no run is known.
+        ValueError: As `check_run`, or if the earlier run was on other images: those trained on then could be among those
+            that are tested on now.
         OSError: If the note cannot be written.
     """
-    own = folder / REPORT_NAME
-    given_own = report is not None and own.resolve() in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
     if start_over:
-        for name in (RUN_NAME, SELECTION_NAME, TRAINED_NAME, RESULTS_NAME, *([] if given_own else [REPORT_NAME])):
+        kept = [REPORT_NAME] if _is_own(folder, report) else []
+        for name in {RUN_NAME, *_OF_A_RUN}.difference(kept):
             (folder / name).unlink(missing_ok=True)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    if (folder / RUN_NAME).is_file():
-        check_note(folder, noted)
-        return
-    if own.is_file() and not given_own:
-        raise ValueError(
-            f"{folder} holds a report, but no run: select by it with report (--report {own}), choose another output_dir, or "
-            "remove it with start_over (--start_over)."
-        )
+    check_run(folder, noted, report)
+    note = folder / RUN_NAME
+    if note.is_file() and _has_begun(folder):
+        before = json.loads(note.read_text(encoding="utf-8"))
+        _check_images(folder, before.get(_IMAGES, images), images)
+        if _IMAGES in before:
+            return
+        noted = before
     try:
-        write_whole(folder / RUN_NAME, json.dumps(noted, indent=1))
+        write_whole(note, json.dumps({**noted, _IMAGES: images}, indent=1))
     except OSError as error:
         raise unwritable(folder, error) from None
 
 
 def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if the run in the folder was asked for something else."""
+    """Raise a `ValueError` if the run in the folder was asked for something else, unless it has left nothing yet."""
     before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
     # a release that wrote the note may not have had all arguments
     changed = [f"{key} {before[key]!r} -> {noted[key]!r}" for key in noted if before.get(key, noted[key]) != noted[key]]
-    if changed:
+    if changed and _has_begun(folder):
         raise ValueError(
             f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
             "output_dir, or remove it with start_over (--start_over)."
         )
 
 
-def note_images(folder: Path, images: Mapping[str, str]) -> None:
-    """Note which images the run in the folder is trained and tested on, or check that they are the same as before.
+def _has_begun(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _OF_A_RUN) or any(folder.glob("checkpoint-*"))
 
-    Raises:
-        ValueError: If they are others: those trained on before could be among those that are tested on now.
-    """
-    note = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    before = note.get(_IMAGES, images)
+
+def _is_own(folder: Path, report: str | None) -> bool:
+    """Is the report that was given the one in the folder?"""
+    own = (folder / REPORT_NAME).resolve()
+    return report is not None and own in (Path(report).resolve(), (Path(report) / REPORT_NAME).resolve())
+
+
+def _check_images(folder: Path, before: Mapping[str, str], images: Mapping[str, str]) -> None:
     if before != images:
         splits = [split for split in {**before, **images} if before.get(split) != images.get(split)]
         changed = [f"{split}: {before.get(split)} -> {images.get(split)}" for split in splits]
@@ -123,12 +152,12 @@ def note_images(folder: Path, images: Mapping[str, str]) -> None:
             f"{folder} holds a run on other images ({'; '.join(changed)}): bring back those that it began with, choose another "
             "output_dir, or remove it with start_over (--start_over)."
         )
-    if _IMAGES not in note:
-        write_whole(folder / RUN_NAME, json.dumps({**note, _IMAGES: images}, indent=1))
 
 
-def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
+def given_report(folder: Path, path: str | None, start_over: bool = False) -> PlasticityReport | None:
     """The report that was given, `None` if there is none, or if it is gone and the folder's run has a copy.
+
+    With `start_over`, the folder's run is about to be removed.
 
     Raises:
         FileNotFoundError: If there is no such report.
@@ -137,10 +166,10 @@ def given_report(folder: Path, path: str | None) -> PlasticityReport | None:
     if path is None:
         return None
     kept = folder / REPORT_NAME
-    if not Path(path).exists() and kept.is_file():
+    if not start_over and not Path(path).exists() and kept.is_file():
         return None
     report = PlasticityReport.load(path)
-    if kept.is_file() and PlasticityReport.load(kept) != report:
+    if not start_over and kept.is_file() and PlasticityReport.load(kept) != report:
         raise ValueError(
             f"{folder} holds a run with another report than {path}: leave report out, choose another output_dir, or remove "
             "the run with start_over (--start_over)."

@@ -21,7 +21,7 @@ from .arguments import DataArguments, ModelArguments, PlasticityArguments
 from .components import BLOCK_ROLES
 from .data import digests
 from .report import REPORT_NAME, PlasticityReport, write_whole
-from .run_folder import RESULTS_NAME, RUN_NAME, check_note, given_report, note_images, open_run, report_of_run, reserved
+from .run_folder import RESULTS_NAME, RUN_NAME, check_note, check_run, given_report, open_run, report_of_run, reserved
 from .selection import ORDERS, Candidate
 from .train import check_training, load_model, measure_run, run_note, train
 from .tuner.settle import LoraMatch
@@ -158,19 +158,19 @@ def _report(
     """The report that all methods select by: that of the folder's comparison if there is one, the given or a measured one."""
     main = training_args.process_index == 0
     with training_args.main_process_first(local=False):
+        noted = run_note(model_args, data_args, plasticity_args, training_args)
+        # these are what a comparison runs through, each run with a note of its own
+        noted = {name: value for name, value in noted.items() if name not in ("seed", "learning_rate")}
+        if main and not start_over:
+            check_run(folder, noted, plasticity_args.report)
+        given = given_report(folder, plasticity_args.report, start_over and main)
+        data = data_args.load(**model_args.download_options())
         if main:
-            noted = run_note(model_args, data_args, plasticity_args, training_args)
-            # these are what a comparison runs through, each run with a note of its own
-            noted = {name: value for name, value in noted.items() if name not in ("seed", "learning_rate")}
             if start_over:
                 for run in folder.glob(f"*/*/{RUN_NAME}"):
                     shutil.rmtree(run.parent)
                 (folder / COMPARISON_NAME).unlink(missing_ok=True)
-            open_run(folder, noted, plasticity_args.report, start_over=start_over)
-        given = given_report(folder, plasticity_args.report)
-        data = data_args.load(**model_args.download_options())
-        if main:
-            note_images(folder, digests(data))
+            open_run(folder, noted, digests(data), plasticity_args.report, start_over=start_over)
 
     def measured() -> PlasticityReport:
         model, processor = load_model(model_args, data["train"].features["label"].names)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import peft
 import torch
 from huggingface_hub import HfApi
@@ -50,21 +49,22 @@ from .arguments import (
     training_arguments,
 )
 from .card import model_card
-from .components import unwrap
+from .components import call, unwrap
 from .data import class_counts, collate, digests, load_unlabelled, resize_to, transform_of, with_pixels
 from .embedded import VIT_NANO, call_by_name, located, vit_nano_source_images
 from .faults import explained
+from .images import model_inputs
 from .measure import measure_plasticity
-from .metrics import load_metric
+from .metrics.scores import classification_scores
 from .processors import accept_image_size
 from .report import PlasticityReport, write_whole
 from .run_folder import (
     RESULTS_NAME,
     SELECTION_NAME,
     WholeCheckpoints,
+    check_run,
     given_report,
     last_whole_checkpoint,
-    note_images,
     open_run,
     report_of_run,
     reserved,
@@ -242,8 +242,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _metrics(prediction: Any) -> dict[str, Any]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    result = load_metric().compute(predictions=logits.astype(np.float32), references=prediction.label_ids)
-    return dict(result)
+    return classification_scores(logits, prediction.label_ids)
 
 
 def predicted_logits(model: Any, images: datasets.Dataset, batch_size: int = 32) -> Iterator[torch.Tensor]:
@@ -259,13 +258,12 @@ def predicted_logits(model: Any, images: datasets.Dataset, batch_size: int = 32)
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if model.image_processor is None:
         raise ValueError("Neither the adapter nor its base model has an image processor: set model.image_processor.")
-    # adapters are float32 in models of half precision too
-    device, dtype = next(model.parameters()).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
+    base = model.get_base_model()
     pixels = with_pixels(images.select_columns(["image"]), model.image_processor)
     for start in range(0, len(images), batch_size):
         batch = collate([pixels[index] for index in range(start, min(start + batch_size, len(images)))])
         with torch.inference_mode():
-            logits = model(batch["pixel_values"].to(device, dtype)).logits
+            logits = call(model, model_inputs(base, batch)).logits
         yield logits.float().cpu()
 
 
@@ -292,7 +290,7 @@ def evaluate(model: Any, images: datasets.Dataset, batch_size: int = 32) -> dict
         )
     logits = torch.cat(list(predicted_logits(model, images, batch_size)))
     references = [labels.index(names[index]) for index in present]
-    values = dict(load_metric().compute(predictions=logits.numpy(), references=references))
+    values = classification_scores(logits.numpy(), references)
     if len(labels) <= 5:
         del values["top5_accuracy"]
     return {**values, "images": len(images), "labels": labels}
@@ -329,7 +327,7 @@ def make_trainer(
         # the reentrant way, transformers 4's default, gives no gradients behind frozen embeddings
         arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
     train_data = with_pixels(data["train"], processor, augment, arguments.seed)
-    trainer = Trainer(
+    trainer: Any = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_data,
@@ -339,8 +337,12 @@ def make_trainer(
         processing_class=processor,
         callbacks=[Epochs(train_data), WholeCheckpoints(), *callbacks],
     )
+    # many vision models take further keywords and average over the batch all the same: a trainer that believes them to divide
+    # by all images of a step would not divide by the number of its batches
+    trainer.model_accepts_loss_kwargs = False
     shard_by_block(model, trainer.accelerator)
-    return trainer
+    result: Trainer = trainer
+    return result
 
 
 def shard_by_block(model: nn.Module, accelerator: Any) -> None:
@@ -541,21 +543,22 @@ def _train(
     _heed_timeout(training_args)
     training_args, repository = _push_at_end(training_args, model_args.token)
     with training_args.main_process_first(local=False, desc="preparing the run"):
-        if main:
-            noted = run_note(model_args, data_args, plasticity_args, training_args)
-            open_run(folder, noted, plasticity_args.report, start_over=start_over)
-        given = given_report(folder, plasticity_args.report)
+        noted = run_note(model_args, data_args, plasticity_args, training_args)
+        if main and not start_over:
+            check_run(folder, noted, plasticity_args.report)
+        given = given_report(folder, plasticity_args.report, start_over and main)
         if main and repository is not None:
             repository = repository.made()
         data = data_args.load(**model_args.download_options())
         if main:
-            note_images(folder, digests(data))
+            open_run(folder, noted, digests(data), plasticity_args.report, start_over=start_over)
 
     adapted, processor, report = _adapted_model(
         folder, model_args, data_args, plasticity_args, training_args, data, given
     )
     callbacks = [*callbacks, *_tracking(data, processor, plasticity_args.track_every)]
-    trainer = make_trainer(adapted, data, processor, training_args, augment=data_args.augmentation, callbacks=callbacks)
+    augment = data_args.augmentation(processor)
+    trainer = make_trainer(adapted, data, processor, training_args, augment=augment, callbacks=callbacks)
     for callback in callbacks:
         if hasattr(callback, "trainer"):
             callback.trainer = trainer
@@ -615,6 +618,8 @@ def _adapted_model(
     """The model with its adapter, its image processor, and the report that the modules were selected by."""
     set_seed(training_args.seed)
     model, processor = load_model(model_args, data["train"].features["label"].names)
+    # what cannot be is known before anything is measured
+    data_args.augmentation(processor)
     model.to(training_args.device)
 
     def measured() -> PlasticityReport:

@@ -17,8 +17,11 @@ from models import transformers_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from plastic_peft import PlasticityReport, cli
+from plastic_peft import PlasticityReport, flags
+from plastic_peft.arguments import DataArguments, EvaluationArguments
 from plastic_peft.cli import COMMANDS, main
+from plastic_peft.commands import Run
+from plastic_peft.data import image_names
 
 
 pytestmark = pytest.mark.versions
@@ -300,12 +303,12 @@ class Reads:
     """Notes which fields of a command's arguments anything has looked at."""
 
     def __init__(self, monkeypatch):
-        self.unread, parse = {}, cli._parse
+        self.unread, parse = {}, flags.parse
 
         def watched(*arguments, **options):
             return tuple(self.watch(parsed) for parsed in parse(*arguments, **options))
 
-        monkeypatch.setattr(cli, "_parse", watched)
+        monkeypatch.setattr(flags, "parse", watched)
 
     def watch(self, parsed):
         kind = type(parsed)
@@ -416,6 +419,32 @@ def test_flags_of_the_image_classification_script_are_read(day, tmp_path, capsys
     capsys.readouterr()
     assert main([*run, "--learning_rate", "0.5", "--no_ignore_mismatched_sizes", "--overwrite-output-dir"]) == 2
     assert "ignore_mismatched_sizes" in capsys.readouterr().err
+
+
+def test_words_of_other_scripts_are_read_wherever_they_stand(tmp_path):
+    """Without it flags of transformers' scripts would work on the command line only, and `no` would be a truth value."""
+    path = tmp_path / "train.yaml"
+    path.write_text("overwrite_output_dir: true\neval_strategy: no\nsave_strategy: no\ntarget_modules: all-linear\n")
+    for given in ([str(path)], ["--overwrite_output_dir=True", "--eval_strategy", "no"]):
+        call = [*given, "--output_dir", "run", "--dataset_name", "digits"]
+        _, _, plasticity, training, run = flags.parse_training({"prog": "plastic-peft train"}, call, Run)
+        assert run.start_over and training.eval_strategy == "no"
+        if given == [str(path)]:
+            assert plasticity.to_config().target_modules == "all-linear"
+
+
+def test_images_that_training_left_out_are_not_cut_anew(tmp_path, capsys):
+    """Without it an adapter would be evaluated on images that it was trained on, where some cannot be decoded."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "photos" / "cat" / "5.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"1 of 40 train images cannot be decoded: .*5.png"):
+        EvaluationArguments(dataset_name=str(tmp_path / "photos")).load()
+    same = {"dataset_name": str(tmp_path / "photos"), "corrupt_images": "skip"}
+    trained = DataArguments(**same).load()["test"]
+    assert image_names(EvaluationArguments(**same).load()) == image_names(trained)
 
 
 def test_a_config_file_that_is_none_is_refused(tmp_path, capsys):

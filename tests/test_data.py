@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -439,6 +440,76 @@ def test_images_without_labels_come_with_their_names(tmp_path):
         with pytest.raises(ValueError, match="holds no image files"):
             (tmp_path / "empty").mkdir(exist_ok=True)
             load(tmp_path / "empty")
+
+
+def test_the_label_column_is_not_guessed(tmp_path):
+    """Without it a model would be trained to tell coordinates apart, and say that all is well."""
+    rows = {"file_name": ["a"], "y": [3], "class": ["cat"], "label": ["dog"]}
+    assert find_label_column(datasets.Dataset.from_dict(rows)) == "label"
+    with pytest.raises(ValueError, match="one of the columns class, target: say which"):
+        find_label_column(datasets.Dataset.from_dict({"class": ["cat"], "target": [1]}))
+    with pytest.raises(ValueError, match="none of the columns x, y"):
+        find_label_column(datasets.Dataset.from_dict({"x": [1], "y": [2]}))
+
+
+def test_classes_are_those_of_the_training_images_whatever_the_order_of_the_splits(tmp_path):
+    """Without it a class of the test images alone would get an output that nothing can train."""
+    image_folder(tmp_path / "photos" / "test", {"dog": 2, "zebra": 2})
+    image_folder(tmp_path / "photos" / "train", {"cat": 8, "dog": 8})
+    with pytest.raises(ValueError, match="test split has the class 'zebra', which the training images lack"):
+        load_images(tmp_path / "photos")
+    # numbers and their names are the same classes
+    image_folder(tmp_path / "named", {"0": 8, "1": 8})
+    rows = {"image": [str(tmp_path / "named" / name / "0.png") for name in "01"], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows).to_csv(tmp_path / "numbered.csv")
+    data = load_images(train=tmp_path / "named", test=tmp_path / "numbered.csv")
+    assert data["test"].features["label"].names == ["0", "1"] and data["test"]["label"][:] == [0, 1]
+
+
+def test_one_image_without_a_label_does_not_hide_a_split(tmp_path):
+    """Without it a stray file would have a model tested on four images of its own, in the place of the user's forty."""
+    for split, count in (("train", 8), ("test", 4)):
+        image_folder(tmp_path / "photos" / split, {"cat": count, "dog": count})
+    picture(0).save(tmp_path / "photos" / "test" / "stray.png")
+    with pytest.raises(ValueError, match=r"1 of 9 test images have no label, such as .*stray.png"):
+        load_images(tmp_path / "photos")
+    # beside other numbers, -1 is a class
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    rows = {"image": [picture(i) for i in range(20)], "label": [-1, 1] * 10}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "signs.parquet")
+    assert load_images(tmp_path / "signs.parquet")["train"].features["label"].names == ["-1", "1"]
+
+
+def test_unlabelled_images_are_those_of_all_splits(tmp_path):
+    """Without it half of a folder would get no prediction, and nothing would say so."""
+    for split in ("train", "test"):
+        image_folder(tmp_path / split, {"cat": 2, "dog": 3})
+    assert len(load_unlabelled(tmp_path)) == 10
+    assert len(load_unlabelled(tmp_path, "test")) == 5
+
+
+def test_columns_that_lost_their_type_hold_images_by_their_name(tmp_path):
+    """Without it files that other tools wrote would be refused, which the datasets library reads after a cast."""
+    content = io.BytesIO()
+    picture(3).save(content, "png")
+    for column in ([{"bytes": content.getvalue(), "path": "a.png"}], [content.getvalue()]):
+        pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "untyped.parquet")
+        data = load_unlabelled(tmp_path / "untyped.parquet")
+        assert np.array_equal(data[0]["image"], picture(3))
+
+
+def test_another_size_of_processors_that_crop_squeezes_nothing():
+    """Without it a model would be evaluated on distorted images as soon as another size is asked for."""
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    wide = Image.new("RGB", (160, 80), "red")
+    wide.paste(Image.new("RGB", (80, 80), "blue"), (40, 0))
+    resize_to(processor, 64)
+    pixels = processor(images=wide, return_tensors="pt")["pixel_values"][0]
+    assert pixels.shape == (3, 64, 64) and processor.size["shortest_edge"] == 80
+    # the centre only, which is blue
+    assert (pixels[2] > pixels[0]).all()
 
 
 def test_the_shipped_metric_agrees_with_scikit_learn():

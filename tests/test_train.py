@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from models import transformers_model
+from peft import get_peft_model
 from ranks import Ranks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,9 +27,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState, ViTImageProcessor, pipeline
 
-from plastic_peft import load_vit_nano
+from plastic_peft import PlasticityConfig, load_vit_nano
 from plastic_peft.callback import CURVE_NAME, PlasticityCallback, gradient_norms
-from plastic_peft.data import load_images, with_pixels
+from plastic_peft.data import collate, load_images, with_pixels
 from plastic_peft.runs import compare, half_width, way_of
 from plastic_peft.train import (
     DataArguments,
@@ -36,6 +38,7 @@ from plastic_peft.train import (
     last_whole_checkpoint,
     load_model,
     make_trainer,
+    predicted_logits,
     train,
     training_arguments,
 )
@@ -625,3 +628,65 @@ def test_the_shipped_accelerate_configs_are_ones_that_accelerate_reads():
         "fsdp_full_shard": "FSDP",
         "deepspeed_zero3": "DEEPSPEED",
     }
+
+
+@pytest.mark.parametrize("family", ["vit", "beit"])
+def test_a_step_is_the_same_however_its_images_are_divided(family, tmp_path):
+    """Without it models that average their loss would take steps larger by the number of batches or processes."""
+    config = dict(hidden_dropout_prob=0.0, drop_path_rate=0.0, attention_probs_dropout_prob=0.0)
+    model = transformers_model(family)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    model = type(model)(model.config)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    data = DataArguments("digits", max_train_samples=32, max_eval_samples=8).load()
+    few = {split: images.map(lambda row: {"label": row["label"] % 5}) for split, images in data.items()}
+    logged = []
+    for size, parts in ((16, 1), (4, 4)):
+        options = {"max_steps": 1, "logging_steps": 1, "eval_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "save_strategy": "no"}
+        trainer = make_trainer(copy.deepcopy(model), few, processor, training_arguments(str(tmp_path), **options))
+        trainer.train()
+        logged.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
+
+
+def test_mistakes_in_a_call_cost_no_run_and_claim_no_folder(base, tmp_path):
+    """Without it a typo beside start_over would delete hours of work, and one without would lock its folder."""
+    model, data, plasticity = asked(base)
+    wrong = replace(data, dataset_name=str(tmp_path / "phtos"))
+    options = run_options(tmp_path / "run", max_steps=1)
+    with pytest.raises(FileNotFoundError, match="phtos does not exist"):
+        train(model, wrong, plasticity, options)
+    with pytest.raises(FileNotFoundError, match="cannot be loaded"):
+        train(ModelArguments(str(tmp_path / "modle")), data, plasticity, options)
+    train(model, data, plasticity, options)
+    left = {file.name for file in (tmp_path / "run").iterdir()}
+    with pytest.raises(FileNotFoundError, match="phtos does not exist"):
+        train(model, wrong, plasticity, options, start_over=True)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == left
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
+        train(model, wrong, plasticity, options)
+
+
+def test_models_of_patches_are_evaluated_with_all_that_they_take():
+    """Without it adapters of SigLIP 2 could be trained, and used for nothing."""
+    from transformers import Siglip2Config, Siglip2ForImageClassification, Siglip2ImageProcessor
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = Siglip2ForImageClassification(
+        Siglip2Config(vision_config={**small, "patch_size": 8, "num_patches": 16}, text_config=small, num_labels=10)
+    )
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    data = DataArguments("digits", max_train_samples=8, max_eval_samples=8)
+    assert data.augmentation(processor) == "none" and replace(data, dataset_name="x").augmentation(processor) == "flip"
+    with pytest.raises(ValueError, match="states no output size"):
+        replace(data, augment="crop").augmentation(processor)
+    adapted = get_peft_model(model, PlasticityConfig(target_modules=["fc1"], modules_to_save=["classifier"])).eval()
+    adapted.image_processor = processor
+    images = data.load()["test"]
+    (logits,) = predicted_logits(adapted, images)
+    batch = collate([with_pixels(images, processor)[index] for index in range(len(images))])
+    with torch.no_grad():
+        expected = adapted(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    assert torch.allclose(logits, expected)

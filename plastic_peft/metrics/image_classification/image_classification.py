@@ -2,7 +2,8 @@
 
 import datasets
 import evaluate
-import numpy as np
+
+from plastic_peft.metrics.scores import classification_scores
 
 
 _DESCRIPTION = "Accuracy, top-k accuracy, macro F1 and confusion matrix from one row of logits per image."
@@ -32,22 +33,4 @@ class ImageClassification(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list, k: int = 5) -> dict:
-        logits, labels = np.asarray(predictions), np.asarray(references)
-        classes = logits.shape[1]
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(
-                f"references hold {labels.min()} to {labels.max()}, and the logits have {classes} classes."
-            )
-        order = np.argsort(-logits, axis=1, kind="stable")
-        predicted = order[:, 0]
-        confusion = np.zeros((classes, classes), dtype=np.int64)
-        np.add.at(confusion, (labels, predicted), 1)
-        right = np.diag(confusion)
-        occurring = confusion.sum(0) + confusion.sum(1)
-        f1 = 2 * right[occurring > 0] / occurring[occurring > 0]
-        return {
-            "accuracy": float((predicted == labels).mean()),
-            f"top{k}_accuracy": float((order[:, :k] == labels[:, None]).any(axis=1).mean()),
-            "macro_f1": float(f1.mean()),
-            "confusion_matrix": confusion.tolist(),
-        }
+        return classification_scores(predictions, references, k)
