@@ -70,14 +70,15 @@ def choose(method: str, situation: Situation) -> Choice:
         report = situation.report(chosen.pop("inputs", "hidden"))
         settings = {k: int(v) if v.isdigit() else v for k, v in chosen.items()}
         # all methods adapt linears; `norms:` in front of any of them adds the norms
-        settings = {"granularity": "module", "r": 8, "train_norms": False, **settings}
+        settings = {"granularity": "module", "r": 8, "rank_allocation": "uniform", "train_norms": False, **settings}
         return Choice(
             _filled(report.select(budget=situation.budget, seed=situation.seed, **settings), candidates, situation)
         )
     if name == "random":
         drawn = situation.report("hidden").select(
-            budget=situation.budget, granularity="module", order="random", seed=situation.seed, train_norms=False
-        )
+            budget=situation.budget, granularity="module", order="random", rank_allocation="uniform",
+            seed=situation.seed, train_norms=False,
+        )  # fmt: skip
         return Choice(_filled(drawn, candidates, situation))
     if name == "best-role":
         scored = [c for c in situation.report("hidden").candidates(options) if c.cost_per_rank > 0]

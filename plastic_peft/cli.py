@@ -50,8 +50,8 @@ COMMANDS = {
         "measure or reuse a report, fine-tune the selected modules, evaluate, save; the same command resumes",
         """  plastic-peft train --dataset_name digits --output_dir runs/digits
   plastic-peft train --model_name_or_path google/vit-base-patch16-224 --train_dir photos/train --validation_dir photos/val \\
-      --budget 0.01 --learning_rate 1e-3 --num_train_epochs 5 --output_dir runs/photos --push_to_hub
-  plastic-peft train config.yaml --learning_rate 5e-4        # flags win over the file
+      --budget 0.01 --learning_rate 2e-3 --num_train_epochs 5 --output_dir runs/photos --push_to_hub
+  plastic-peft train config.yaml --learning_rate 2e-3        # flags win over the file
   accelerate launch --num_processes 2 -m plastic_peft train config.yaml
 
 Flags after the first groups are those of transformers.TrainingArguments.""",
@@ -60,7 +60,7 @@ Flags after the first groups are those of transformers.TrainingArguments.""",
         commands.compare,
         "train with several selections at the same number of parameters, over seeds and learning rates",
         """  plastic-peft compare --dataset_name digits --output_dir runs/compare --budget 20000 \\
-      --methods highest lowest random q_proj,v_proj all-linear --seeds 0 1 2 --learning_rates 1e-3 3e-3""",
+      --methods highest lowest random q_proj,v_proj all-linear --seeds 0 1 2 --learning_rates 2e-3 4e-3""",
     ),
     "evaluate": _Command(
         commands.evaluate,

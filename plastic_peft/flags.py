@@ -57,10 +57,13 @@ def parse_training(
         arguments.DataArguments,
         arguments.PlasticityArguments,
         arguments.TrainingFlags,
-        defaults={**arguments.TRAINING_DEFAULTS, **always, "output_dir": ""},
+        defaults={**arguments.TRAINING_DEFAULTS, **always, "output_dir": "", "learning_rate": None},
         refused=refused,
     )
     run, *others, training_args = parsed
+    if training_args.learning_rate is None:
+        (adapter,) = (other.adapter for other in others if isinstance(other, arguments.PlasticityArguments))
+        training_args.learning_rate = arguments.LEARNING_RATES[adapter]
     _check_fixed(training_args)
     if not training_args.output_dir:
         raise ValueError("--output_dir is needed: the folder of the run, which the same command resumes.")
@@ -121,6 +124,7 @@ def _fail_on_unknown(program: str, unknown: Sequence[str], known: Sequence[str])
 
 def _parser(about: About, kinds: Sequence[type]) -> HfArgumentParser:
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -133,6 +137,10 @@ def _parser(about: About, kinds: Sequence[type]) -> HfArgumentParser:
         allow_abbrev=False,
         **about,
     )
+    # a flag that may be true, false or neither is true by itself too
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
     # transformers has flags of type dict, which reads no text
     for kind in (dict, dict[str, Any], dict[str, bool]):
         parser.register("type", kind, json.loads)

@@ -54,9 +54,9 @@ class Candidate:
         return self.parameters if adapter == "full" else self.constant_cost + self.cost_per_rank * r
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
-    """Which modules to adapt.
+    """Which modules to adapt: what `PlasticityConfig` will choose by the same options.
 
     Attributes:
         scores: Exact module name to the score it was chosen by, best first.
@@ -75,6 +75,13 @@ class Selection:
     @property
     def modules(self) -> list[str]:
         return list(self.scores)
+
+    def __repr__(self) -> str:
+        used = sorted(set(self.ranks.values()))
+        ranks = f" at rank {used[0]}{f' to {used[-1]}' if len(used) > 1 else ''}" if used else ""
+        norms = f", {len(self.norms)} norms in full" if self.norms else ""
+        named = ", ".join(self.units[:5]) + (", ..." if len(self.units) > 5 else "")
+        return f"Selection({len(self.scores)} modules{ranks}{norms}; {self.parameters:,} parameters; {named})"
 
 
 def check_options(

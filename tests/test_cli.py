@@ -414,7 +414,7 @@ def test_flags_of_the_image_classification_script_are_read(day, tmp_path, capsys
     run += ["--trust_remote_code", "False"]
     assert main(run) == 0
     assert main([*run, "--learning_rate", "0.5"]) == 2
-    assert "learning_rate 0.001 -> 0.5" in capsys.readouterr().err
+    assert "learning_rate 0.004 -> 0.5" in capsys.readouterr().err
     assert main([*run, "--learning_rate", "0.5", "--overwrite_output_dir"]) == 0
     capsys.readouterr()
     assert main([*run, "--learning_rate", "0.5", "--no_ignore_mismatched_sizes", "--overwrite-output-dir"]) == 2
@@ -425,12 +425,17 @@ def test_words_of_other_scripts_are_read_wherever_they_stand(tmp_path):
     """Without it flags of transformers' scripts would work on the command line only, and `no` would be a truth value."""
     path = tmp_path / "train.yaml"
     path.write_text("overwrite_output_dir: true\neval_strategy: no\nsave_strategy: no\ntarget_modules: all-linear\n")
-    for given in ([str(path)], ["--overwrite_output_dir=True", "--eval_strategy", "no"]):
+    for given in ([str(path)], ["--overwrite_output_dir=True", "--eval_strategy", "no", "--train_norms"]):
         call = [*given, "--output_dir", "run", "--dataset_name", "digits"]
         _, _, plasticity, training, run = flags.parse_training({"prog": "plastic-peft train"}, call, Run)
         assert run.start_over and training.eval_strategy == "no"
         if given == [str(path)]:
-            assert plasticity.to_config().target_modules == "all-linear"
+            assert plasticity.to_config().target_modules == "all-linear" and plasticity.train_norms is None
+        else:
+            assert plasticity.train_norms is True
+        assert training.learning_rate == 4e-3
+    full = flags.parse_training({"prog": "plastic-peft train"}, [*call[:-5], *call[-4:], "--adapter", "full"], Run)
+    assert full[3].learning_rate == 1e-3
 
 
 def test_images_that_training_left_out_are_not_cut_anew(tmp_path, capsys):

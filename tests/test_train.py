@@ -182,7 +182,7 @@ def test_another_run_in_the_folder_is_neither_resumed_nor_overwritten(base, tmp_
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"learning_rate": 0.5}, "learning_rate 0.001 -> 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate 0.004 -> 0.5"),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine' -> 'linear'"),
         ({"max_steps": 3}, "max_steps 2 -> 3"),
         ({"gradient_accumulation_steps": 2}, "images_per_step 16 -> 32"),
