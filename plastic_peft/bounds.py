@@ -174,26 +174,57 @@ def attention_bound(
         positions: Position terms come between queries and keys: a rotation R_ij makes `Q_h^T R_ij K_h` of `Q_h^T K_h`, whose norm
             is at most `||Q_h|| ||K_h||`. (What is added to the logits leaves the bound as it is.)
     """
-    q, k, v, o = map(_double, (q, k, v, o))
-    square = r**2
-    if q_bias is not None and bool(q_bias.any()):
-        q = torch.cat([q, _double(q_bias)[:, None]], dim=1)
-        square = r**2 + 1
-    heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
-    shared = torch.arange(heads, device=q.device) // (heads // kv_heads)
-    q_h = q.view(heads, head_dim, -1)
-    k_h = k.view(kv_heads, head_dim, -1)
-    v_h = v.view(kv_heads, head_dim, -1)
-    o_h = o.view(o.shape[0], heads, head_dim).permute(1, 2, 0)
-    if positions:
-        a = _norms(q_h) * _norms(k_h)[shared] / math.sqrt(head_dim)
-    else:
-        # ||Q^T K|| = ||R_q R_k^T|| with the triangular factors of Q^T and K^T, which are only head_dim wide
-        r_q = torch.linalg.qr(q_h.mT, mode="r").R
-        r_k = torch.linalg.qr(k_h.mT, mode="r").R[shared]
-        a = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2) / math.sqrt(head_dim)
-    v_norm, o_norm = _norms(v_h)[shared], _norms(o_h)
-    return float((o_norm * v_norm * torch.sqrt(3 * n + (12 * n + 3) * square**2 * a**2)).sum())
+    return _Heads.of(q, k, v, o, head_dim, q_bias, positions).bound(n, r)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What the bound of an attention needs of its weights; these themselves may be in memory for its own call only.
+
+    Attributes:
+        around: `||O_h|| ||V_h||` of each head.
+        inside: `||A_h||`, or a bound of it.
+        biased: Whether tokens have one more feature, always 1.
+    """
+
+    around: torch.Tensor
+    inside: torch.Tensor
+    biased: bool
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        head_dim: int,
+        q_bias: torch.Tensor | None,
+        positions: bool = False,
+    ) -> _Heads:
+        """Arguments as of `attention_bound`."""
+        q, k, v, o = map(_double, (q, k, v, o))
+        biased = q_bias is not None and bool(q_bias.any())
+        if q_bias is not None and biased:
+            q = torch.cat([q, _double(q_bias)[:, None]], dim=1)
+        heads, kv_heads = q.shape[0] // head_dim, k.shape[0] // head_dim
+        shared = torch.arange(heads, device=q.device) // (heads // kv_heads)
+        q_h = q.view(heads, head_dim, -1)
+        k_h = k.view(kv_heads, head_dim, -1)
+        v_h = v.view(kv_heads, head_dim, -1)
+        o_h = o.view(o.shape[0], heads, head_dim).permute(1, 2, 0)
+        if positions:
+            inside = _norms(q_h) * _norms(k_h)[shared]
+        else:
+            # ||Q^T K|| = ||R_q R_k^T|| with the triangular factors of Q^T and K^T, which are only head_dim wide
+            r_q = torch.linalg.qr(q_h.mT, mode="r").R
+            r_k = torch.linalg.qr(k_h.mT, mode="r").R[shared]
+            inside = torch.linalg.matrix_norm(r_q @ r_k.mT, ord=2)
+        return cls(_norms(o_h) * _norms(v_h)[shared], inside / math.sqrt(head_dim), biased)
+
+    def bound(self, n: int, r: float) -> float:
+        square = r**2 + self.biased
+        return float((self.around * torch.sqrt(3 * n + (12 * n + 3) * square**2 * self.inside**2)).sum())
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
@@ -294,29 +325,16 @@ def _in_full_precision(module: nn.Module, args: Any, kwargs: Any) -> None:
             return {key: full(entry) for key, entry in value.items()}
         return type(value)(full(entry) for entry in value) if type(value) in (tuple, list) else value
 
+    if any(parameter.is_meta for parameter in module.parameters()):
+        # offloaded weights come and go by hooks, in their own precision; rounding may then give a larger bound
+        module(*args, **kwargs)
+        return
     half = {
         name: value.float()
         for name, value in itertools.chain(module.named_parameters(), module.named_buffers())
         if value.dtype in (torch.float16, torch.bfloat16)
     }
     torch.func.functional_call(module, half, full(tuple(args)), full(dict(kwargs)))
-
-
-@dataclass
-class _Heads:
-    """Weights of one attention as (out, in), the width of a head, the queries' bias, and are there position terms?"""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    o: torch.Tensor
-    head_dim: int
-    q_bias: torch.Tensor | None
-    positions: bool = False
-
-    def bound(self, n: int, r: float) -> float:
-        weights = self.q, self.k, self.v, self.o
-        return attention_bound(*weights, self.head_dim, n=n, r=r, q_bias=self.q_bias, positions=self.positions)
 
 
 @dataclass
@@ -381,7 +399,7 @@ class _AttentionProbe:
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             q_weight, k_weight, v_weight = _whole(module.in_proj_weight).chunk(3)
             bias = None if module.in_proj_bias is None else _whole(module.in_proj_bias).chunk(3)[0]
-            return [_Heads(q_weight, k_weight, v_weight, _whole(module.out_proj.weight), module.head_dim, bias)]
+            return [_Heads.of(q_weight, k_weight, v_weight, _whole(module.out_proj.weight), module.head_dim, bias)]
         linears = [name for name in component.modules if self.structure.leaves[name].linear]
         *feeding, out = linears
         weights = {name: _weight(self.modules[name]) for name in linears}
@@ -441,9 +459,9 @@ class _AttentionProbe:
         outputs = self._outputs(module, args, kwargs, feeding)
         mixed = [_softmax(outputs, (*way, values[0]), head_dim) for way in ways]
         positions = not any(output is not None and _alike(output, plain) for output in mixed)
-        found = [_Heads(q_weight, k_weight, v_weight, output, head_dim, q_bias, positions)]
+        found = [_Heads.of(q_weight, k_weight, v_weight, output, head_dim, q_bias, positions)]
         if k_bias is not None and q_weight.shape == k_weight.shape:
-            found.append(_Heads(k_weight, q_weight, v_weight, output, head_dim, k_bias, positions))
+            found.append(_Heads.of(k_weight, q_weight, v_weight, output, head_dim, k_bias, positions))
         return found
 
     def _outputs(self, module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> dict[str, torch.Tensor]:

@@ -54,7 +54,8 @@ COMMANDS = {
   plastic-peft train config.yaml --learning_rate 2e-3        # flags win over the file
   accelerate launch --num_processes 2 -m plastic_peft train config.yaml
 
-Flags after the first groups are those of transformers.TrainingArguments.""",
+Flags after the first groups are those of transformers.TrainingArguments; without --learning_rate, LoRA takes 4e-3 and
+full adapters take 1e-3.""",
     ),
     "compare": _Command(
         commands.compare,

@@ -147,6 +147,7 @@ class Prediction(Inference):
         default_factory=list,
         metadata={"help": "Images, folders of images, data files, or data sets on the Hub; one or several."},
     )
+    split: Optional[str] = field(default=None, metadata={"help": "Only this split; by default all images."})
     dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     image_column_name: Optional[str] = field(default=None, metadata={"help": "Column of the images, if not obvious."})
     corrupt_images: Literal["refuse", "skip"] = field(
@@ -396,6 +397,7 @@ def _predictions(prediction: Prediction) -> list[dict[str, Any]]:
     sources = [
         load_unlabelled(
             name,
+            prediction.split,
             config=prediction.dataset_config_name,
             image_column=prediction.image_column_name,
             corrupt=prediction.corrupt_images,

@@ -194,7 +194,10 @@ def load_unlabelled(
     parts = []
     for part, data in splits.items():
         images = _named_columns(data, part, {"image": image_column or find_image_column(data)})
-        images = images.add_column("file", image_names(images))
+        names = image_names(images)
+        if len(splits) > 1:
+            names = [f"{part} {name}" if name.startswith("row ") else name for name in names]
+        images = images.add_column("file", names)
         parts.append(images if corrupt == "unchecked" else checked_images(images, part, corrupt))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
@@ -464,7 +467,9 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
     for split, data in splits.items():
         column = data.with_format(None)["label"][:] if "label" in data.column_names else [None] * len(data)
         feature = data.features.get("label")
-        hidden = [index for index, value in enumerate(column) if _is_hidden(value, column, feature)]
+        # -1 hides the class of a `ClassLabel`, and of a whole column of numbers; beside other numbers it is one of them
+        hides = isinstance(feature, datasets.ClassLabel) or set(column) <= {-1, None}
+        hidden = [index for index, value in enumerate(column) if value is None or (hides and value == -1)]
         if len(hidden) == len(column) and split != "train":
             logger.warning("The labels of the %d %s images are hidden: that split is not used.", len(column), split)
             continue
@@ -499,12 +504,6 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
         data = splits[split].remove_columns(["label"]).add_column("label", [place[str(v)] for v in column])
         encoded[split] = data.cast_column("label", label)
     return encoded
-
-
-def _is_hidden(value: Any, column: Sequence[Any], feature: Any) -> bool:
-    """-1 hides the class of a `ClassLabel`, and of a whole column of numbers; beside other numbers it is one of them."""
-    hides = isinstance(feature, datasets.ClassLabel) or all(other in (-1, None) for other in column)
-    return value is None or (value == -1 and hides)
 
 
 def _check_classes(train: datasets.Dataset) -> None:
@@ -715,7 +714,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 def resize_to(processor: Any, size: int) -> None:
     """Make an image processor put out images of `size` x `size` pixels."""
     current = processor.size
-    crop = getattr(processor, "crop_size", None)
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     if "height" in current:
         processor.size = type(current)(**dict.fromkeys(dict(current), size))
     elif crop and "shortest_edge" in current:
@@ -723,5 +722,5 @@ def resize_to(processor: Any, size: int) -> None:
         processor.size = {"shortest_edge": round(size * current["shortest_edge"] / crop["height"])}
     else:
         processor.size = {"height": size, "width": size}
-    if crop:
+    if getattr(processor, "crop_size", None):
         processor.crop_size = {"height": size, "width": size}

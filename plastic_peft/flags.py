@@ -172,10 +172,10 @@ def _config_flags(path: Path) -> list[str]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML in which `no` is a word, such as that of `eval_strategy: no`, and only true and false are flags."""
+        """YAML in which `no` is a word, such as that of `eval_strategy: no`, and `yes` likewise; on and off are truth values."""
 
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfFoO"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     try:

@@ -36,7 +36,7 @@ from .names import renamed_keys
 from .processors import accept_image_size, output_size
 from .report import REPORT_NAME, PlasticityReport, write_whole
 from .tuner import PlasticityConfig
-from .tuner.settle import adopt_names, exact_pattern, fits, in_names_of
+from .tuner.settle import USUAL_HEADS, adopt_names, exact_pattern, fits, in_names_of
 from .tuner.undo import undone_on_error
 from .untrusted import read_json, validate_adapter_config
 
@@ -407,8 +407,12 @@ def _load_adapter(
     if config.adapter == "lora" and max([config.r, *(config.rank_pattern or {}).values()]) > largest:
         raise ValueError(f"{CONFIG_NAME} has ranks beyond {largest}, the largest size in {WEIGHTS_NAME}.")
     known = {name for name, _, _ in named_leaves(base) if name}
-    for name in config.modules_to_save or ():
-        if not any(other == name or other.endswith(f".{name}") for other in known):
+    for name in list(config.modules_to_save or ()):
+        if any(other == name or other.endswith(f".{name}") for other in known):
+            continue
+        if name in USUAL_HEADS:
+            config.modules_to_save = [other for other in config.modules_to_save or () if other != name]
+        else:
             raise ValueError(f"{CONFIG_NAME}: modules_to_save names {name!r}, which this model does not have.")
     named = {*known, *(name for name, _ in base.named_parameters())}
     ends = {".".join(name.split(".")[first:]) for name in named for first in range(name.count(".") + 1)}
@@ -417,7 +421,9 @@ def _load_adapter(
             # peft tries every key on every module, so that many idle ones take hours
             raise ValueError(f"{CONFIG_NAME}: {pattern} names {nowhere!r}, which this model does not have.")
     # initial values are about to be overwritten, except where the initialisation changes the base weights as well
-    mutating = isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
+    mutating = isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(
+        ("pissa", "olora")
+    )
     # peft would take weights that are in no memory yet in the model's dtype, in which they lose digits
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
     unfilled = not mutating and not half

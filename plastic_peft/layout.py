@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -59,10 +59,17 @@ def exact_facts(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
-    # parameters adapted by themselves go by the patterns that were given
-    if not config.target_parameters:
-        facts |= {
-            "rank_pattern": pattern(ranks, config.r),
-            "alpha_pattern": pattern(alphas, config.lora_alpha),
-        }
+    for name, wrapper in _adapted_parameters(peft_model):
+        if adapter_name in wrapper.r:
+            ranks[name], alphas[name] = wrapper.r[adapter_name], wrapper.lora_alpha[adapter_name]
+    facts["rank_pattern"], facts["alpha_pattern"] = pattern(ranks, config.r), pattern(alphas, config.lora_alpha)
     return facts
+
+
+def _adapted_parameters(peft_model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Names of the parameters that are adapted by themselves, and their wrappers, of which a module may have several."""
+    for name, module, _ in named_leaves(peft_model.get_base_model()):
+        wrapper: Any = module
+        while hasattr(wrapper, "parameter_name"):
+            yield f"{name}.{wrapper.parameter_name}", wrapper
+            wrapper = wrapper.base_layer

@@ -72,7 +72,7 @@ def check_run(folder: Path, noted: Mapping[str, Any], report: str | None = None)
         report: Path of the report that was given.
     """
     if (folder / RUN_NAME).is_file():
-        check_note(folder, noted)
+        check_note(folder, noted, report)
     elif (folder / REPORT_NAME).is_file() and not _is_own(folder, report):
         raise ValueError(
             f"{folder} holds a report, but no run: select by it with report (--report {folder / REPORT_NAME}), choose another "
@@ -110,7 +110,7 @@ def open_run(
             shutil.rmtree(checkpoint)
     check_run(folder, noted, report)
     note = folder / RUN_NAME
-    if note.is_file() and _has_begun(folder):
+    if note.is_file() and _has_begun(folder, report):
         before = json.loads(note.read_text(encoding="utf-8"))
         _check_images(folder, before.get(_IMAGES, images), images)
         if _IMAGES in before:
@@ -122,20 +122,22 @@ def open_run(
         raise unwritable(folder, error) from None
 
 
-def check_note(folder: Path, noted: Mapping[str, Any]) -> None:
+def check_note(folder: Path, noted: Mapping[str, Any], report: str | None = None) -> None:
     """Raise a `ValueError` if the run in the folder was asked for something else, unless it has left nothing yet."""
     before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
     # a release that wrote the note may not have had all arguments
     changed = [f"{key} {before[key]!r} -> {noted[key]!r}" for key in noted if before.get(key, noted[key]) != noted[key]]
-    if changed and _has_begun(folder):
+    if changed and _has_begun(folder, report):
         raise ValueError(
             f"{folder} holds a run with other arguments ({'; '.join(changed)}): repeat them to resume it, choose another "
             "output_dir, or remove it with start_over (--start_over)."
         )
 
 
-def _has_begun(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _OF_A_RUN) or any(folder.glob("checkpoint-*"))
+def _has_begun(folder: Path, report: str | None) -> bool:
+    """Has the run left anything but its note? A report that was given is not of its making."""
+    made = [name for name in _OF_A_RUN if name != REPORT_NAME or not _is_own(folder, report)]
+    return any((folder / name).is_file() for name in made) or any(folder.glob("checkpoint-*"))
 
 
 def _is_own(folder: Path, report: str | None) -> bool:

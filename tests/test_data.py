@@ -486,6 +486,10 @@ def test_unlabelled_images_are_those_of_all_splits(tmp_path):
         image_folder(tmp_path / split, {"cat": 2, "dog": 3})
     assert len(load_unlabelled(tmp_path)) == 10
     assert len(load_unlabelled(tmp_path, "test")) == 5
+    for split in ("train", "test"):
+        image_set(2).to_parquet(tmp_path / "tables" / f"{split}.parquet")
+    names = load_unlabelled(tmp_path / "tables")["file"][:]
+    assert names == ["train row 0", "train row 1", "test row 0", "test row 1"]
 
 
 def test_columns_that_lost_their_type_hold_images_by_their_name(tmp_path):
@@ -510,6 +514,9 @@ def test_another_size_of_processors_that_crop_squeezes_nothing():
     assert pixels.shape == (3, 64, 64) and processor.size["shortest_edge"] == 80
     # the centre only, which is blue
     assert (pixels[2] > pixels[0]).all()
+    whole = CLIPImageProcessor(do_center_crop=False)
+    resize_to(whole, 64)
+    assert whole(images=[wide, picture(0)], return_tensors="pt")["pixel_values"].shape == (2, 3, 64, 64)
 
 
 def test_the_shipped_metric_agrees_with_scikit_learn():

@@ -50,6 +50,7 @@ def alone(tmp_path_factory):
         (4, "plain"),
         (2, "prepared"),
         (2, "sharded"),
+        (2, "sharded adapter"),
         (2, "sharded loaders"),
         (2, "dispatched loaders"),
     ],

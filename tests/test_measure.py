@@ -661,6 +661,14 @@ def test_offloaded_models_are_read_as_others(images):
         assert [(r.name, r.mean) for r in ours.rows] == [(r.name, pytest.approx(r.mean)) for r in theirs.rows]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_offloaded_models_in_half_precision_have_bounds(dtype):
+    """Without it what brings offloaded weights back would meet weights of another precision, and crash."""
+    model = cpu_offload(models.transformers_model("vit").to(dtype), execution_device=torch.device("cpu"))
+    report = plasticity_bounds(model)
+    assert {row.role for row in report.select_rows("component")} == set(BLOCK_ROLES)
+
+
 def test_another_default_device_is_none_of_its_business(images):
     """Without it scripts that make all tensors on a GPU by default could not measure."""
     model = models.transformers_model("vit")

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def test_another_run_in_the_folder_is_neither_resumed_nor_overwritten(base, tmp_
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"learning_rate": 0.5}, "learning_rate 0.004 -> 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate 0.001 -> 0.5"),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type 'cosine' -> 'linear'"),
         ({"max_steps": 3}, "max_steps 2 -> 3"),
         ({"gradient_accumulation_steps": 2}, "images_per_step 16 -> 32"),
@@ -667,6 +668,14 @@ def test_mistakes_in_a_call_cost_no_run_and_claim_no_folder(base, tmp_path):
     assert {file.name for file in (tmp_path / "run").iterdir()} == left
     with pytest.raises(ValueError, match="holds a run with other arguments"):
         train(model, wrong, plasticity, options)
+    # a report that was given is nothing that a run has left
+    own = tmp_path / "own" / "plasticity_report.json"
+    own.parent.mkdir()
+    shutil.copy(tmp_path / "run" / own.name, own)
+    given, options = replace(plasticity, report=str(own)), run_options(own.parent, max_steps=1)
+    with pytest.raises(FileNotFoundError, match="cannot be loaded"):
+        train(ModelArguments(str(tmp_path / "modle")), data, given, options)
+    train(model, data, given, options)
 
 
 def test_models_of_patches_are_evaluated_with_all_that_they_take():

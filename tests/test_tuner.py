@@ -18,7 +18,13 @@ from models import vit_name
 from peft import PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from plastic_peft import PlasticityConfig, export_lora, measure_plasticity, save_adapter
+from plastic_peft import (
+    AutoPlasticModelForImageClassification,
+    PlasticityConfig,
+    export_lora,
+    measure_plasticity,
+    save_adapter,
+)
 from plastic_peft.components import trace
 from plastic_peft.report import PlasticityReport, lora_cost_per_rank
 from plastic_peft.tuner import PlasticityModel
@@ -406,7 +412,7 @@ def test_a_report_of_another_architecture_is_refused(report):
         get_peft_model(other, PlasticityConfig(plasticity=report, top_k=1))
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "OLoRA"])
 def test_base_weights_survive_an_initialisation_that_fails(init, monkeypatch):
     """Without it a model would have lost its principal components to an adapter that it does not carry."""
     model = models.transformers_model("vit")
@@ -421,19 +427,30 @@ def test_base_weights_survive_an_initialisation_that_fails(init, monkeypatch):
     monkeypatch.setattr(PlasticityModel, "_create_and_replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get_peft_model(model, PlasticityConfig(target_modules="all-linear", init_lora_weights=init))
+    assert not hasattr(model, "peft_config")
     assert [name for name, _ in model.named_modules()] == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not hasattr(model, "peft_config")
+    adapted = get_peft_model(model, PlasticityConfig(target_modules=["fc1"]), adapter_name="one")
+    with pytest.raises(ValueError, match="not supported"):
+        adapted.add_adapter("two", PlasticityConfig(target_modules=["fc1", "dropout"]))
+    assert list(adapted.peft_config) == list(model.peft_config) == ["one"]
 
 
-def test_what_is_to_be_saved_has_to_be_there():
+def test_what_is_to_be_saved_has_to_be_there(tmp_path):
     """Without it a head of another name would stay untrained, and the adapter could not be loaded."""
     with pytest.raises(ValueError, match="modules_to_save names 'classifer'.*Did you mean 'classifier'"):
         get_peft_model(
             models.transformers_model("vit"),
             PlasticityConfig(target_modules=["fc1", "dense"], modules_to_save=["classifer"]),
         )
-    # peft itself adds names for this task
+    # peft itself adds names for this task, also where the head is called otherwise
+    other = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+    get_peft_model(other, PlasticityConfig(target_modules=["fc1"], task_type="SEQ_CLS", modules_to_save=None))
     config = PlasticityConfig(target_modules=["fc1", "dense"], task_type="SEQ_CLS")
     adapted = get_peft_model(models.transformers_model("vit"), config)
-    assert adapted.peft_config["default"].modules_to_save == ["classifier"]
+    save_adapter(adapted, tmp_path)
+    base = models.transformers_model("vit")
+    loaded = AutoPlasticModelForImageClassification.from_pretrained(tmp_path, base_model=base)
+    assert [n for n, p in loaded.named_parameters() if "modules_to_save" in n] == [
+        n for n, p in adapted.named_parameters() if "modules_to_save" in n
+    ]

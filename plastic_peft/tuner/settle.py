@@ -41,7 +41,7 @@ from .layer import packed_dtype
 logger = logging.getLogger(__name__)
 
 # what peft saves whole for classification tasks, whether the model has it or not
-_USUAL_HEADS = ("classifier", "score")
+USUAL_HEADS = ("classifier", "score")
 
 
 def settle(config: PlasticityConfig, model: nn.Module) -> None:
@@ -102,15 +102,13 @@ def settle(config: PlasticityConfig, model: nn.Module) -> None:
 
 def _check_saved(config: PlasticityConfig, modules: Mapping[str, nn.Module]) -> None:
     """Names of `modules_to_save` have to be there; those that peft adds for a task go by what most models have."""
-    for name in list(config.modules_to_save or ()):
-        if any(other.endswith(name) for other in modules):
-            continue
-        if config.task_type is None or name not in _USUAL_HEADS:
+    for name in config.modules_to_save or ():
+        usual = config.task_type is not None and name in USUAL_HEADS
+        if not usual and not any(other.endswith(name) for other in modules):
             raise ValueError(
                 f"modules_to_save names {name!r}, which this model does not have.{nearest(name, modules)} 'auto' finds the head by "
                 "itself."
             )
-        config.modules_to_save = [other for other in config.modules_to_save or () if other != name] or None
 
 
 def _check_reach(names: Iterable[str], modules: Iterable[str]) -> None:

@@ -19,11 +19,12 @@ def undone_on_error(config: PlasticityConfig, model: nn.Module, adapter_name: st
     """Give config and model back their fields, modules, weights and gradient flags if adding the adapter fails."""
     fields = dict(vars(config))
     configs = vars(model).get("peft_config")
+    registered = dict(configs or {})
     children = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     layers = [(module, module._active_adapter) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     # this way of initialising takes its part out of the base weights in place; others put new ones there
-    copies = [data.clone() for _, data, _ in weights] if config.init_lora_weights == "olora" else []
+    copies = [data.clone() for _, data, _ in weights] if str(config.init_lora_weights).lower() == "olora" else []
     try:
         yield
     except BaseException:
@@ -45,6 +46,7 @@ def undone_on_error(config: PlasticityConfig, model: nn.Module, adapter_name: st
         vars(model).pop("peft_config", None)
         if configs is not None:
             vars(model)["peft_config"] = configs
+            _put_back(configs, registered)
         _put_back(vars(config), fields)
         raise
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
@@ -26,12 +27,16 @@ def main(way: str, output: str) -> None:
     model = models.transformers_model("vit")
     if way == "prepared":
         model = accelerator.prepare(model)
-    elif way == "sharded":
+    elif way.startswith("sharded") and not way.endswith("loaders"):
         from torch.distributed.fsdp import fully_shard
 
+        before = plasticity_bounds(model)
         for layer in model.vit.layers:
             fully_shard(layer)
+        # accelerate shards what it is given, with its wrapper
+        model = get_peft_model(model, LoraConfig(target_modules=["fc1"])) if way == "sharded adapter" else model
         fully_shard(model)
+        assert [row.name for row in plasticity_bounds(model).rows] == [row.name for row in before.rows]
     elif way == "zero3":
         model = _split_by_zero3(model)
     elif way == "dies":
