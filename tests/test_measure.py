@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import sys
 import threading
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, TensorDataset
 
 from plastic_peft import PlasticityConfig, PlasticityReport, measure_plasticity, plasticity_bounds
@@ -669,13 +672,29 @@ def test_offloaded_models_in_half_precision_have_bounds(dtype):
     assert {row.role for row in report.select_rows("component")} == set(BLOCK_ROLES)
 
 
+class Devices(TorchFunctionMode):
+    """Notes where the package makes a tensor without saying on which device."""
+
+    def __init__(self):
+        self.unsaid = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        caller = sys._getframe(1)
+        ours = caller.f_globals.get("__name__", "").startswith("plastic_peft")
+        # what holds data already stays where it is, or comes to the model's device with the rest
+        makes = func in _device_constructors() and func not in (torch.as_tensor, torch.tensor)
+        if ours and makes and (kwargs or {}).get("device") is None:
+            self.unsaid.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return func(*args, **(kwargs or {}))
+
+
 def test_another_default_device_is_none_of_its_business(images):
-    """Without it scripts that make all tensors on a GPU by default could not measure."""
-    model = models.transformers_model("vit")
-    expected = quick(model, *images)
-    with torch.device("meta"):
-        found = quick(model, *images)
-    assert found == expected
+    """Without it scripts that make all tensors on a GPU by default would mix devices in the measurement's own sums."""
+    with Devices() as devices:
+        torch.randn(2)
+        quick(models.transformers_model("vit"), *images)
+        plasticity_bounds(models.transformers_model("dinov3"))
+    assert not devices.unsaid
 
 
 def test_images_are_brought_to_the_type_of_any_model():
