@@ -62,7 +62,7 @@ class Indexed:
 
     def take(self, indices: Sequence[int], pool: concurrent.futures.Executor) -> Batch:
         if isinstance(self.data, torch.Tensor) and self.data.is_floating_point():
-            return {"pixel_values": self.data[torch.as_tensor(indices)]}
+            return {"pixel_values": self.data[torch.as_tensor(indices, device=self.data.device)]}
         return _stack(list(pool.map(self._one, indices)), self.what)
 
     def _one(self, index: int) -> Batch:

@@ -695,6 +695,11 @@ def test_another_default_device_is_none_of_its_business(images):
         quick(models.transformers_model("vit"), *images)
         plasticity_bounds(models.transformers_model("dinov3"))
     assert not devices.unsaid
+    # a device without values finds what the package does not make itself
+    model = models.transformers_model("vit")
+    expected = quick(model, *images)
+    with torch.device("meta"):
+        assert quick(model, *images) == expected
 
 
 def test_images_are_brought_to_the_type_of_any_model():
