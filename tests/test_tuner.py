@@ -430,9 +430,10 @@ def test_base_weights_survive_an_initialisation_that_fails(init, monkeypatch):
     assert not hasattr(model, "peft_config")
     assert [name for name, _ in model.named_modules()] == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    adapted = get_peft_model(model, PlasticityConfig(target_modules=["fc1"]), adapter_name="one")
+    fc1 = vit_name("mlp.fc1")
+    adapted = get_peft_model(model, PlasticityConfig(target_modules=[fc1]), adapter_name="one")
     with pytest.raises(ValueError, match="not supported"):
-        adapted.add_adapter("two", PlasticityConfig(target_modules=["fc1", "dropout"]))
+        adapted.add_adapter("two", PlasticityConfig(target_modules=[fc1, "dropout"]))
     assert list(adapted.peft_config) == list(model.peft_config) == ["one"]
 
 
