@@ -111,7 +111,6 @@ def norms_table(table: pandas.DataFrame) -> str:
     The last rows take the mean over methods for each task and seed, since these share their images.
     """
     rows, totals = [], []
-    # the unit of a budget is the task's own
     for budget, same in table.groupby("budget", sort=False):
         gains = []
         for task, mine in same.groupby("task", sort=False):

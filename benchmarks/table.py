@@ -103,7 +103,8 @@ def pairs(data: dict[str, Any]) -> str:
     text = (
         f"Pairs after which a selection equals that of all {settings['pairs']:,} pairs and stays so, for {settings['seeds']} "
         f"disjoint draws, in steps of {settings['step']}; and where the stopping rule (tolerance 0.05, confidence 0.95, "
-        "selection given) stopped within its draw, and how often that selection was another one. The default reaches every module here, whatever the scores: its rows only show where the rule stops.\n\n"
+        "selection given) stopped within its draw, and how often that selection was another one. The default reaches every "
+        "module here, whatever the scores: its rows only show where the rule stops.\n\n"
     )
     ranking = ", ".join(f"{role} {v['mean']:.3f} (shift {v['shift']:.3f})" for role, v in settings["ranking"].items())
     return text + markdown(rows) + f"\n\nMeans over all pairs: {ranking}."

@@ -483,8 +483,8 @@ def _class_labels(splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dat
     if all(splits[split].features["label"] == first for split in values) and isinstance(first, datasets.ClassLabel):
         return {split: splits[split] for split in values}
 
+    # by their names, since a class may be a number in one split and its name in another
     known = list(first.names) if isinstance(first, datasets.ClassLabel) else []
-    # a class may be a number in one split and its name in another
     for split, column in values.items():
         odd = next((v for v in column if not isinstance(v, (str, int)) or isinstance(v, bool)), None)
         if odd is not None:

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -357,11 +357,7 @@ def _load_base(
     if config.problem_type is not None:
         kwargs["problem_type"] = config.problem_type
     if config.labels is not None:
-        kwargs |= {
-            "id2label": dict(enumerate(config.labels)),
-            "label2id": {label: index for index, label in enumerate(config.labels)},
-            "ignore_mismatched_sizes": True,
-        }
+        kwargs |= {**label_maps(config.labels), "ignore_mismatched_sizes": True}
     # the new head is about to be replaced by the adapter's, so advice to train it would mislead
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -380,6 +376,11 @@ def _of_base(config: PlasticityConfig, named_by_adapter: bool, source: str, hub:
     return {**hub, "revision": config.revision if named_by_adapter and not Path(source).is_dir() else None}
 
 
+def label_maps(labels: Sequence[str]) -> dict[str, Any]:
+    """What a transformers config says about label names: `id2label` and `label2id`."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
 def _check_labels(base: Any, labels: list[str] | None) -> None:
     config: Any = getattr(base, "config", None)
     if labels is not None and hasattr(config, "id2label") and config.num_labels != len(labels):
@@ -392,8 +393,8 @@ def _check_labels(base: Any, labels: list[str] | None) -> None:
 def _relabel(base: Any, adapter: PlasticityConfig) -> None:
     config: Any = getattr(base, "config", None)
     if adapter.labels is not None and hasattr(config, "id2label"):
-        config.id2label = dict(enumerate(adapter.labels))
-        config.label2id = {label: index for index, label in enumerate(adapter.labels)}
+        for name, labels in label_maps(adapter.labels).items():
+            setattr(config, name, labels)
     if adapter.problem_type is not None and hasattr(config, "problem_type"):
         config.problem_type = adapter.problem_type
 

@@ -100,7 +100,7 @@ def load_model(arguments: ModelArguments, labels: Sequence[str] | None = None) -
     options |= {"trust_remote_code": True} if arguments.trust_remote_code else {}
     head: dict[str, Any] = {}
     if labels is not None:
-        head = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        head = hub.label_maps(labels)
     path = located(name)
     try:
         if arguments.config_name is not None:
